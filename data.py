@@ -1,0 +1,238 @@
+"""Data sets: image folders {domain}/{class}/*, their words, splits and captions.
+
+A data set is known by name: one of DATASETS below, or any folder that brings its own description, `dataset.json`:
+
+    {"phrases": {"3d": "a 3d render", "sketch": "a sketch"},   what the pictures of each domain folder are called
+     "fractions": {"train": 0.5, "val": 0.1, "test": 0.4},     optional: how the source domain is split
+     "same_stem_same_thing": true,                             optional: files of one name show one thing, in any domain
+     "model": "local-dir:emoji_clip"}                          optional: the CLIP to use unless --model says otherwise
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+# The domains of a data set are its folders; a phrase says in words what each one's pictures are ("PHRASE of a dog").
+# `counts` are the published numbers of images, checked when the set is read.
+DATASETS = {
+    "pacs": {
+        "phrases": {"photo": "a photo", "art_painting": "an art painting", "cartoon": "a cartoon", "sketch": "a sketch"},
+        "counts": {"photo": 1670, "art_painting": 2048, "cartoon": 2344, "sketch": 3929},
+    },
+}
+FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # CHOICE: DomainBed's 80/20, with the validation tenth out of the 80
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def fail(message):
+    """Print one line that says what is wrong and how to mend it, and stop with exit status 2 (a usage error)."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # a line of its own, also under a progress bar
+    sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set on disk. `images[domain]` lists (path relative to `folder`, class index), sorted by path."""
+
+    name: str
+    folder: Path
+    phrases: dict
+    classes: list  # folder names, sorted; words() makes English of them
+    images: dict = field(repr=False)
+    fractions: dict
+    same_stem_same_thing: bool
+    model: str | None
+    captions: Path | None
+
+    def targets(self, source):
+        """The domains other than `source`, in the order of `phrases`."""
+        return [domain for domain in self.phrases if domain != source]
+
+
+def load(name, root="data", captions=None):
+    """Find the data set `name` under the folder `root` (or at `root` itself) and check it.
+
+    Exits with status 2 when it is unknown or missing, its domains hold different classes, or a class is empty.
+    """
+    root = Path(root)
+    folder = next((f for f in (root / name, root) if (f / "dataset.json").exists() or _is(f, name)), None)
+    if folder is None:
+        known = sorted({*DATASETS, *(f.parent.name for f in root.glob("*/dataset.json"))})
+        if name in DATASETS:
+            wanted = ", ".join(DATASETS[name]["phrases"])
+            fail(f"the data set {name} is not in {root / name}. Put its folders ({wanted}; each with a folder per class) there, or name the folder above it with --data.")
+        if Path(f"{name}.py").exists():
+            fail(f"the data set {name} is not in {root / name} yet. Make it: python {name}.py")
+        fail(f"unknown data set {name!r}. Known: {', '.join(known)}. Your own: a folder {root / name} with a dataset.json (see data.py).")
+    about = DATASETS.get(name, {})
+    if (folder / "dataset.json").exists():
+        about = json.loads((folder / "dataset.json").read_text())
+
+    classes, images = None, {}
+    for domain in about["phrases"]:
+        found = sorted(c.name for c in (folder / domain).glob("*") if c.is_dir()) if (folder / domain).is_dir() else []
+        if not found:
+            fail(f"{folder / domain} holds no class folders. The data set {name} needs the domains {', '.join(about['phrases'])}; get it whole.")
+        classes = classes or found
+        if found != classes:
+            odd = sorted({*found} ^ {*classes})
+            fail(f"{folder / domain} has other classes than {folder / next(iter(about['phrases']))}: {', '.join(odd[:5])} {'is' if len(odd) == 1 else 'are'} not in both. Give every domain the same class folders.")
+        images[domain] = []
+        for label, cls in enumerate(classes):
+            files = sorted(f for f in (folder / domain / cls).iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
+            if not files:
+                fail(f"{folder / domain / cls} holds no images ({', '.join(sorted(IMAGE_ENDINGS))}). Fill it, or remove the class from every domain.")
+            images[domain] += [(f.relative_to(folder).as_posix(), label) for f in files]
+        expected = about.get("counts", {}).get(domain, len(images[domain]))
+        if expected != len(images[domain]):
+            print(f"warning: {folder / domain} holds {len(images[domain])} images, {expected} are published", file=sys.stderr)
+
+    if captions is None:
+        captions = next((f for f in (folder / "captions.jsonl", root / f"{name}_captions.jsonl") if f.exists()), None)
+    elif not Path(captions).is_file():
+        fail(f"--captions {captions}: no such file. Each line of it is {{\"path\": \"photo/dog/1.jpg\", \"caption\": \"…\"}}.")
+    return Dataset(
+        name, folder, about["phrases"], classes, images, about.get("fractions", FRACTIONS),
+        about.get("same_stem_same_thing", False), about.get("model"), captions and Path(captions),
+    )
+
+
+def _is(folder, name):
+    """Whether `folder` holds all domains of the known data set `name`."""
+    return name in DATASETS and all((folder / d).is_dir() for d in DATASETS[name]["phrases"])
+
+
+def split(dataset, source, domain, part, seed):
+    """[(path, label)] of one part ("train", "val", "test") of `domain` when `source` is what is finetuned on.
+
+    The source domain is split class by class; of a target domain only "test" is there, and is all of it. Where files of
+    one name show one thing, what was trained on in the source is in no target's test part either.
+    A pure function of (data set name, file names, seed): images are put in the order of a hash.
+    """
+    if domain != source and not dataset.same_stem_same_thing:
+        return dataset.images[domain] if part == "test" else []
+    if domain != source and part != "test":
+        return []
+
+    def rank(path):
+        thing = Path(path).stem if dataset.same_stem_same_thing else path
+        return hashlib.sha256(f"{dataset.name} {seed} {thing}".encode()).hexdigest()
+
+    chosen = []
+    for label in range(len(dataset.classes)):
+        of_class = sorted((p for p, y in dataset.images[domain] if y == label), key=rank)
+        train = max(1, round(dataset.fractions["train"] * len(of_class)))
+        val = train + round(dataset.fractions["val"] * len(of_class))
+        part_of = {"train": of_class[:train], "val": of_class[train:val], "test": of_class[val:]}
+        chosen += [(path, label) for path in sorted(part_of[part])]
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def words(folder_name):
+    """A class in English: "Alarm_Clock" -> "alarm clock"."""
+    return folder_name.replace("_", " ").lower()
+
+
+def article(noun):
+    """The noun phrase with "a" or "an" before it; as it is when plural or a proper name."""
+    if noun[0].isupper() or re.search(r"[^s]s$", noun.split(" with ")[0].split(":")[0]):
+        return noun
+    return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
+
+
+def class_texts(dataset, domain):
+    """One prompt a class in the words of `domain`: "a sketch of a dog". C strings, in the order of `classes`."""
+    return [f"{dataset.phrases[domain]} of {article(words(c))}" for c in dataset.classes]
+
+
+def caption_texts(dataset, domain, paths):
+    """P_k(c_i): each image's own caption in the words of `domain`: "a sketch of a Weimaraner". One string a path.
+
+    CHOICE: a caption that itself starts "a photo of" loses those words, or the prompt would say both.
+    Exits with status 2 when there are no captions, or an image has none.
+    """
+    if dataset.captions is None:
+        fail(f"no captions for {dataset.name}: LDFS needs one for each image of the source. Put {{\"path\": …, \"caption\": …}} lines into {dataset.folder / 'captions.jsonl'}, or name a file with --captions.")
+    own = {}
+    for number, line in enumerate(dataset.captions.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            own[row["path"]] = re.sub(r"^(an? )?(photo|picture|image|painting|drawing|sketch|cartoon) of ", "", row["caption"].strip())
+        except (json.JSONDecodeError, KeyError, TypeError):
+            fail(f'{dataset.captions}, line {number}: not of the form {{"path": "photo/dog/1.jpg", "caption": "…"}}. Mend or remove it.')
+    missing = [p for p in paths if not own.get(p)]
+    if missing:
+        fail(f"{dataset.captions} has no caption for {len(missing)} of {len(paths)} images, {missing[0]} the first. Caption them, or name another file with --captions.")
+    return [f"{dataset.phrases[domain]} of {own[p]}" for p in paths]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script is told
+
+
+def arguments(description):
+    """An argparse parser with the arguments that all stages share."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("dataset", help=f"data set: {', '.join(DATASETS)}, or the name of a folder in --data with a dataset.json")
+    parser.add_argument("source", help="domain to finetune on; all others are unseen until evaluation")
+    parser.add_argument("--data", default="data", help="folder that holds the data set's folder")
+    parser.add_argument("--captions", help="JSON lines of path and caption (default: the data set's captions.jsonl)")
+    parser.add_argument("--model", help="CLIP: an open_clip name, hf-hub:…, or local-dir:PATH (default: the data set's, else ViT-B-16-quickgelu)")
+    parser.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights; not used with hf-hub: and local-dir:")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … N-1; a seed decides split, initialisation and order")
+    parser.add_argument("--run", help="folder of the results (default: runs/DATASET-SOURCE)")
+    return parser
+
+
+def prepare(args):
+    """Dataset and run folder of parsed `arguments`; exits with status 2 for an unknown domain or no seeds."""
+    dataset = load(args.dataset, args.data, args.captions)
+    if args.source not in dataset.phrases:
+        fail(f"{dataset.name} has no domain {args.source!r}. Its domains: {', '.join(dataset.phrases)}.")
+    if args.seeds < 1:
+        fail(f"--seeds {args.seeds}: at least one seed is needed.")
+    run = Path(args.run or f"runs/{args.dataset}-{args.source}")
+    run.mkdir(parents=True, exist_ok=True)
+    return dataset, run
+
+
+def write_atomically(path, save):
+    """Call save(temporary path) and move the outcome to `path`: a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save(part)
+    os.replace(part, path)
+
+
+def digest(tensors):
+    """A hash of the values of tensors: what was computed from them is good as long as it is the same."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:20]
+
+
+def append_results(run, args, rows):
+    """Append rows (dicts of method, domain, split, metric, value, n, seed) to run/results.jsonl, each with what made it."""
+    import open_clip  # here, so that reading data alone stays quick
+    import torch
+
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    shared = {
+        "dataset": args.dataset, "source": args.source, "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source")},
+        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__}, "commit": git.stdout.strip() or None,
+    }
+    with open(run / "results.jsonl", "a") as file:
+        file.write("".join(json.dumps({**row, **shared}) + "\n" for row in rows))

@@ -1,0 +1,19 @@
+# Sourced by the run scripts: makes sure that `python3` has the packages. Changes nothing where it already has them
+# (conda, a container); else it makes .venv here and installs requirements.txt into it.
+have_packages() {
+  python3 - <<'PYTHON'
+import importlib.util, sys
+needed = ["torch", "torchvision", "open_clip", "transformers", "faiss", "tqdm", "matplotlib", "resvg_py", "pytest"]
+sys.exit(any(importlib.util.find_spec(name) is None for name in needed))
+PYTHON
+}
+
+if ! have_packages; then
+  if [ ! -f .venv/bin/activate ]; then
+    echo "env.sh: packages are missing; making .venv and installing requirements.txt (some 6 GB, minutes)"
+    python3 -m venv .venv || { echo "env.sh: python3 cannot make a virtual environment; install python3-venv" >&2; exit 2; }
+  fi
+  . .venv/bin/activate
+  have_packages || python3 -m pip install -q -r requirements.txt ||
+    { echo "env.sh: pip could not install requirements.txt; check the network and run again, nothing is lost" >&2; exit 2; }
+fi

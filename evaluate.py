@@ -1,0 +1,221 @@
+"""Evaluate: the only file that reads images of target domains, and only to measure.
+
+    python evaluate.py run pacs photo         # accuracies of every checkpoint of the run, added to its results.jsonl
+    python evaluate.py figure4 pacs photo     # nearest real images of synthesised features: measures and a picture
+    python evaluate.py table runs/pacs-photo  # the table, from the rows of results.jsonl alone
+
+ID is accuracy on held-out images of the source, OOD on each unseen domain; OOD mean is their mean over domains, and
+extended the mean of ID and OOD mean (LADS's measure). Accuracy is top-1, over images, in per cent.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from data import fail
+from features import cached_features, encode_images, encode_texts, load_clip
+from finetune import SCHEDULES, checkpoint_path
+from mapper import load_mapper
+
+
+def accuracy(z, labels, class_weight):
+    """Top-1 accuracy in per cent of features (N, d) under a head (C, d)."""
+    return 100 * (z @ class_weight.T).argmax(1).eq(labels).float().mean().item()
+
+
+def accuracies(dataset, source, seed, features_of, class_weight, method):
+    """Rows of accuracy: the source's val and test part, every target domain's test part, and their means.
+
+    features_of(domain, items) gives the (N, d) features of a list of (path, label).
+    """
+    rows, by_domain = [], {}
+    for domain, part in [(source, "val"), (source, "test"), *((d, "test") for d in dataset.targets(source))]:
+        items = data.split(dataset, source, domain=domain, part=part, seed=seed)
+        if not items:  # a small class set may leave no image for validation
+            continue
+        value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), class_weight)
+        rows.append({"method": method, "domain": domain, "split": part, "metric": "accuracy", "value": value, "n": len(items), "seed": seed})
+        by_domain[domain, part] = value
+    ood = statistics.mean(by_domain[d, "test"] for d in dataset.targets(source))
+    n = sum(row["n"] for row in rows if row["domain"] != source)
+    for name, value in ("OOD mean", ood), ("extended", (by_domain[source, "test"] + ood) / 2):
+        rows.append({"method": method, "domain": name, "split": "test", "metric": "accuracy", "value": value, "n": n, "seed": seed})
+    return rows
+
+
+def evaluate_run(args):
+    """Append the accuracies of zero-shot CLIP and of every checkpoint that --train, --init and --features name."""
+    dataset, run = data.prepare(args)
+    clip = load_clip(args, dataset)
+    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    cache = {domain: cached_features(clip, dataset, domain) for domain in dataset.phrases}
+
+    def cached(domain, items):
+        row, z = cache[domain]
+        return z[[row[p] for p, _ in items]]
+
+    text = encode_texts(clip, data.class_texts(dataset, args.source))
+    for seed in tqdm(range(args.seeds), desc=f"evaluating ({args.train})", unit="seed"):
+        rows = accuracies(dataset, args.source, seed, cached, text, "zero-shot")
+        for features in args.features:
+            path = checkpoint_path(run, args.train, args.init, features, seed)
+            if not path.exists():
+                fail(f"{path} is not there. Train it: python finetune.py {args.dataset} {args.source} --train {args.train} --features {features}")
+            state = torch.load(path, map_location="cpu")
+            features_of = cached
+            if args.train != "head":
+                clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in state["modules"].items() if k.startswith("clip.")})
+                features_of = lambda domain, items: encode_images(clip, dataset.folder, items, label=domain)  # noqa: E731
+            method = "finetune" if features == "original" else features
+            rows += accuracies(dataset, args.source, seed, features_of, state["modules"]["head.weight"], method)
+        data.append_results(run, args, rows)
+        clip.model.load_state_dict(original)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LDFS's figure 4: which real images are synthesised features near to?
+
+
+def neighbours(z_hat, real):
+    """Index into `real` (N, d) of the nearest feature to each row of z_hat (B, d), by cosine."""
+    return (z_hat @ real.T).argmax(1)
+
+
+def consistency(z_hat, labels, target, source):
+    """Domain consistency, class consistency and number of unique neighbours of synthesised features.
+
+    z_hat: (B, d), labels: (B,). target, source: (z (N, d), labels (N,)) of real images of the two domains.
+    Domain: per cent whose nearest real image of either domain is of the target's. Class: per cent whose nearest image of
+    the target domain has their class. Unique: how many different images those are, in per cent of B.
+    Source: LADS; CHOICE: held-out source images, and real images of these two domains alone.
+    """
+    nearest = neighbours(z_hat, target[0])
+    both = neighbours(z_hat, torch.cat([target[0], source[0]]))
+    return {
+        "domain consistency": 100 * (both < len(target[0])).float().mean().item(),
+        "class consistency": 100 * target[1][nearest].eq(labels).float().mean().item(),
+        "unique neighbours": 100 * len(nearest.unique()) / len(z_hat),
+    }
+
+
+def figure4(args):
+    """Append the measures above for each recipe, print them, and draw the picture for seed 0."""
+    recipes = [f for f in args.features if f != "original"]
+    dataset, run = data.prepare(args)
+    clip = load_clip(args, dataset)
+    cache = {domain: cached_features(clip, dataset, domain) for domain in dataset.phrases}
+    picture = {}
+    for seed in range(args.seeds):
+        real = {}
+        for domain in dataset.phrases:
+            items = data.split(dataset, args.source, domain, "test", seed)
+            row, z = cache[domain]
+            real[domain] = z[[row[p] for p, _ in items]], torch.tensor([y for _, y in items]), [p for p, _ in items]
+        z, labels, paths = real[args.source]
+        rows = []
+        for domain in dataset.targets(args.source):
+            for name in ["not mapped", *recipes]:
+                z_hat = z if name == "not mapped" else load_mapper(run, name, domain, seed)(z)
+                for metric, value in consistency(z_hat, labels, real[domain], real[args.source]).items():
+                    rows.append({"method": name, "domain": domain, "split": "test", "metric": metric, "value": value, "n": len(z), "seed": seed})
+                if seed == 0 and name != "not mapped":
+                    picture[domain, name] = [(real[domain][2][i], real[domain][1][i].item()) for i in neighbours(z_hat, real[domain][0])]
+        data.append_results(run, args, rows)
+        if seed == 0:
+            draw_figure4(dataset, run / "figure4.png", list(zip(paths, labels.tolist())), picture)
+    print(table(read_results(run), ["domain consistency", "class consistency", "unique neighbours"]))
+
+
+def draw_figure4(dataset, path, sources, picture, columns=10):
+    """Sampled source images, and below them the real target images nearest to their synthesised features."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    pick = torch.randperm(len(sources), generator=torch.Generator().manual_seed(0))[:columns].tolist()
+    rows = [("source", [sources[i] for i in pick])] + [(f"{name}\n{domain}", [found[i] for i in pick]) for (domain, name), found in picture.items()]
+    figure, axes = pyplot.subplots(len(rows), len(pick), figsize=(len(pick), 1.08 * len(rows)), squeeze=False)
+    for line, (name, images) in zip(axes, rows):
+        for column, (axis, (file, label)) in enumerate(zip(line, images)):
+            with Image.open(dataset.folder / file) as image:
+                axis.imshow(image.convert("RGB").resize((96, 96)))
+            axis.set(xticks=[], yticks=[])
+            lost = label != sources[pick[column]][1]
+            for spine in axis.spines.values():
+                spine.set(color="red" if lost else "lightgrey", linewidth=2.5 if lost else 0.8)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle("Nearest real image of each synthesised feature (red: of another class)", fontsize=10)
+    figure.tight_layout(pad=0.3)
+    data.write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def read_results(run):
+    """The rows of run/results.jsonl; of rows about the same thing (a stage was run again) only the last."""
+    path = Path(run) / "results.jsonl"
+    if not path.exists():
+        fail(f"{path} is not there. Run something first: bash run_ldfs.sh --help")
+    last = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        what = tuple(row["args"].get(k) for k in ("train", "init", "model"))
+        last[what, *(row[k] for k in ("method", "domain", "split", "metric", "seed"))] = row
+    return list(last.values())
+
+
+def table(rows, metrics=("accuracy",)):
+    """Markdown: a block for each thing trained, a line for each method, mean ± standard deviation over the seeds."""
+    lines = []
+    source = rows[0]["source"]
+    for metric in metrics:
+        of_metric = [r for r in rows if r["metric"] == metric and r["split"] == "test"]
+        for train, init in dict.fromkeys((r["args"].get("train"), r["args"].get("init")) for r in of_metric):
+            block = [r for r in of_metric if (r["args"].get("train"), r["args"].get("init")) == (train, init)]
+            domains = list(dict.fromkeys(r["domain"] for r in block))
+            seeds = sorted({r["seed"] for r in block})
+            title = f"{block[0]['dataset']}, source {source}: {metric} in per cent" + (f", --train {train} --init {init}" if metric == "accuracy" else "")
+            lines += [title + f", {len(seeds)} seed{'s' * (len(seeds) > 1)}", ""]
+            raw = "OOD mean" in domains
+            heads = [f"ID ({d})" if d == source else d for d in domains] + (["OOD mean, seed by seed"] if raw else [])
+            lines += ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+            for method in dict.fromkeys(r["method"] for r in block):
+                cells = []
+                for domain in domains:
+                    values = [r["value"] for r in block if (r["method"], r["domain"]) == (method, domain)]
+                    cells.append(f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "") if values else "not run")
+                if raw:
+                    values = sorted((r["seed"], r["value"]) for r in block if (r["method"], r["domain"]) == (method, "OOD mean"))
+                    cells.append(" ".join(f"{v:.1f}" for _, v in values))
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    stages = {"run": evaluate_run, "figure4": figure4}
+    if len(sys.argv) > 2 and sys.argv[1] == "table":
+        return print("\n".join(table(read_results(run)) for run in sys.argv[2:]))
+    if len(sys.argv) < 2 or sys.argv[1] not in stages:
+        fail(f"say what to do: python evaluate.py {'|'.join(stages)} DATASET SOURCE, or python evaluate.py table runs/…")
+    parser = data.arguments(__doc__)
+    parser.prog = f"evaluate.py {sys.argv[1]}"
+    parser.add_argument("--train", choices=SCHEDULES, default="head", help="as given to finetune.py")
+    parser.add_argument("--init", choices=["text", "scratch"], default="text", help="as given to finetune.py")
+    parser.add_argument("--features", nargs="+", default=["original", "lads", "ldfs"], help="as given to finetune.py")
+    stages[sys.argv[1]](parser.parse_args(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Step 2: finetune CLIP on the source domain, on original and on synthesised features. One loop for everything.
+
+    python finetune.py pacs photo --train head --features original lads ldfs
+    python finetune.py pacs photo --train visual --features original ldfs
+
+--train says what is trained, --features what it is fed. No image of a target domain is read here, and no result chooses
+anything: the last step is what is kept. Each checkpoint goes to runs/…/checkpoints/; a killed run goes on after its last
+finished epoch.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from features import autocast, cached_features, encode_texts, image_batches, load_clip
+from losses import class_consistency
+from mapper import load_mapper, parse_recipe
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW, linear warm-up, cosine to 0. Batches are of source images; epochs are passes over them."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float = 0.1  # on all parameters, as in FLYP's public code
+    warmup: float = 0.1        # share of all steps
+
+
+# CHOICE: the papers' schedules could not be had. head: enough steps for a linear layer to converge. visual, all: the
+# papers' usual 10 epochs; lr 1e-5 is the field's for OpenAI's ViTs (FLYP), `--lr` for smaller nets.
+SCHEDULES = {
+    "head": Schedule(epochs=200, batch_size=256, lr=1e-3),
+    "visual": Schedule(epochs=10, batch_size=64, lr=1e-5),
+    "all": Schedule(epochs=10, batch_size=64, lr=1e-5),
+}
+
+
+class Head(nn.Module):
+    """Linear classifier on unit-norm features: z (B, d) -> z Wᵀ (B, C), to be multiplied by the logit scale."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+
+    def forward(self, z):
+        return z @ self.weight.T
+
+
+def lr_at(step, steps, schedule):
+    """Learning rate at `step` of `steps`: up in a line, down in a cosine to 0."""
+    warm = max(1, round(schedule.warmup * steps))
+    if step < warm:
+        return schedule.lr * (step + 1) / warm
+    return schedule.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def step_loss(z, labels, class_weight, logit_scale, mappers):
+    """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y),  ẑ^k = M_k(z), with the frozen mappers of all target domains.
+
+    z: (B, d) unit-norm features of original images; class_weight: (C, d). Without mappers it is plain finetuning.
+    Source: LDFS, figure 2, step 2. Where the encoder is trained, M_k takes the current z and passes its gradient on.
+    CHOICE: every domain weighs as much as the original; alternative: the mean over domains.
+    """
+    return sum(class_consistency(x, class_weight, labels, logit_scale) for x in [z, *(m(z) for m in mappers)])
+
+
+def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkpoint, made_of):
+    """Finetune `clip` in place; writes `checkpoint` after every epoch, and goes on from it if it was `made_of` the same.
+
+    train: "head" (linear head on cached features), "visual" (image tower and head) or "all" (both towers and the logit
+    scale; the head is what the text tower makes of the class prompts). init: "text" or "scratch", the head's start.
+    Raises FloatingPointError at a loss that is not finite, naming the step.
+    """
+    items = data.split(dataset, source, source, "train", seed)
+    labels_all = torch.tensor([y for _, y in items], device=clip.device)
+    prompts = data.class_texts(dataset, source)
+    clip.model.requires_grad_(False)
+    class_text = encode_texts(clip, prompts).to(clip.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = Head(class_text if init == "text" else torch.randn_like(class_text) / class_text.shape[1] ** 0.5)
+    model, scale = clip.model, torch.tensor(clip.logit_scale, device=clip.device)
+    trained = {"head": [head], "visual": [head, model.visual], "all": [model]}[train]
+    parameters = [p.requires_grad_() for module in trained for p in module.parameters()]
+    if train == "head":
+        row, z_all = cached_features(clip, dataset, source)
+        z_all = z_all[[row[p] for p, _ in items]].to(clip.device)
+    else:
+        tokens = clip.tokenizer(prompts).to(clip.device)
+
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    modules = nn.ModuleDict({"head": head} if train == "head" else {"head": head, "clip": model})
+    steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
+    steps, first = schedule.epochs * steps_per_epoch, 0
+    if checkpoint.exists() and (state := torch.load(checkpoint, map_location=clip.device))["made_of"] == made_of:
+        modules.load_state_dict(state["modules"])
+        first = state["epoch"]
+        if first < schedule.epochs:
+            optimizer.load_state_dict(state["optimizer"])
+
+    for epoch in (bar := tqdm(range(first, schedule.epochs), initial=first, total=schedule.epochs, desc=checkpoint.stem, unit="epoch", leave=False)):
+        # order and augmentation hang on (seed, epoch) alone, so a resumed run is the uninterrupted one, bit for bit
+        torch.manual_seed(1000 * seed + epoch)
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        if train == "head":
+            batches = ((z_all[i], labels_all[i]) for i in torch.randperm(len(items), generator=generator).split(schedule.batch_size))
+        else:
+            batches = image_batches(dataset.folder, items, clip.augment, schedule.batch_size, clip.device, generator)
+        for i, (x, labels) in enumerate(batches):
+            step = epoch * steps_per_epoch + i
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, steps, schedule)
+            with autocast(clip.device):
+                z = x if train == "head" else F.normalize(model.encode_image(x), dim=-1)
+                weight = F.normalize(model.encode_text(tokens), dim=-1) if train == "all" else head.weight
+                if train == "all":
+                    scale = model.logit_scale.exp()
+                loss = step_loss(z, labels, weight, scale, mappers)
+            if not loss.isfinite():
+                raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}; try a smaller --lr")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        done = epoch + 1 == schedule.epochs
+        if done and train == "all":
+            head.weight.data = encode_texts(clip, prompts).to(clip.device)
+        if done or train != "head":  # a head is done in seconds: only its end is worth a file
+            state = {"modules": modules.state_dict(), "epoch": epoch + 1, "made_of": made_of}
+            if not done:
+                state["optimizer"] = optimizer.state_dict()
+            data.write_atomically(checkpoint, lambda part: torch.save(state, part))
+
+
+def checkpoint_path(run, train, init, features, seed):
+    return run / "checkpoints" / f"{train}-{init}-{features}-seed{seed}.pt"
+
+
+def main():
+    parser = data.arguments(__doc__)
+    parser.add_argument("--train", choices=SCHEDULES, default="head", help="what is trained: linear head, image tower with head, or both towers")
+    parser.add_argument("--init", choices=["text", "scratch"], default="text", help="the head starts from the class prompts' features, or at random")
+    parser.add_argument("--features", nargs="+", default=["original", "lads", "ldfs"], help="original, or a recipe of mapper.py: original features plus its synthesised ones")
+    parser.add_argument("--epochs", type=int, help="passes over the training images (default: see SCHEDULES)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default: see SCHEDULES)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: see SCHEDULES)")
+    args = parser.parse_args()
+    for features in args.features:
+        if features != "original":
+            parse_recipe(features)
+    dataset, run = data.prepare(args)
+    changes = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
+    schedule = replace(SCHEDULES[args.train], **changes)
+    clip = load_clip(args, dataset)
+    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    weights = data.digest(original.values())
+
+    jobs = [(seed, features) for seed in range(args.seeds) for features in args.features]
+    for seed, features in (bar := tqdm(jobs, desc=f"finetuning ({args.train})", unit="run")):
+        bar.set_postfix_str(f"{features}, seed {seed}")
+        mappers = [load_mapper(run, features, d, seed, clip.device) for d in dataset.targets(args.source)] if features != "original" else []
+        made_of = {
+            "schedule": asdict(schedule), "weights": weights, "images": data.split(dataset, args.source, args.source, "train", seed),
+            "mappers": data.digest(p for m in mappers for p in m.parameters()),
+        }
+        path = checkpoint_path(run, args.train, args.init, features, seed)
+        clip.model.load_state_dict(original)
+        finetune(clip, dataset, args.source, seed, args.train, mappers, schedule, args.init, path, made_of)
+
+
+if __name__ == "__main__":
+    main()

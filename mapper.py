@@ -1,0 +1,181 @@
+"""Step 1 of LDFS: mapper networks that turn features of source images into features of a domain known only by words.
+
+    python mapper.py pacs photo --recipes lads ldfs ldfs:sigma=0
+
+No image of a target domain is read here. Each mapper is written to runs/…/mappers/ and left alone once it is there.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from data import fail
+from features import cached_features, encode_texts, load_clip
+from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What steers a mapper. LDFS minus its three parts (caption-wise direction, noise, pairwise term) is LADS."""
+
+    direction: str = "caption"  # text direction of each image's own caption, or of its class ("class": LADS's global Δt)
+    sigma: float = 0.01         # CHOICE: σ of the stochastic text features; at d = 512, |Δt| = 0.7 it leaves cos 0.91
+    pair: float = 1.0           # CHOICE: λ_pair
+    form: str = "angle"         # L_pair on angles, as the paper says; "cosine" for the difference of cosines
+    cls: float = 1.0            # CHOICE: λ_cls, kept from LADS; 0 leaves the class to L_pair alone
+
+
+RECIPES = {"ldfs": Recipe(), "lads": Recipe(direction="class", sigma=0.0, pair=0.0)}
+
+
+def parse_recipe(text):
+    """Recipe of "ldfs", "lads", or a variation such as "ldfs:sigma=0,direction=class"; exits with status 2 otherwise."""
+    name, _, changes = text.partition(":")
+    kinds = {f.name: type(f.default) for f in fields(Recipe)}
+    if name not in RECIPES:
+        fail(f"unknown recipe {text!r}. Known: {', '.join(RECIPES)}; vary one as in ldfs:sigma=0 ({', '.join(kinds)}).")
+    try:
+        pairs = dict(change.split("=") for change in changes.split(",")) if changes else {}
+        recipe = replace(RECIPES[name], **{key: kinds[key](value) for key, value in pairs.items()})
+    except (KeyError, ValueError):
+        fail(f"recipe {text!r}: cannot read {changes!r}. Write name=value, with commas between; names: {', '.join(kinds)}.")
+    if recipe.direction not in ("caption", "class") or recipe.form not in ("angle", "cosine"):
+        fail(f"recipe {text!r}: direction is caption or class, form is angle or cosine.")
+    return recipe
+
+
+class Mapper(nn.Module):
+    """M_k: ẑ = norm( W₂ ReLU( W₁ z ) ), (B, d) -> (B, d), unit norm.
+
+    CHOICE: LADS's network, two linear layers of width 384 without a residual connection, so that the comparison is of
+    losses alone; alternative: z + M(z), which starts at ẑ = z.
+    """
+
+    def __init__(self, dim, width=384):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
+
+    def forward(self, z):
+        return F.normalize(self.net(z), dim=-1)
+
+
+def train_mapper(z, labels, text_source, text_target, class_text, recipe, seed=0, steps=500, batch_size=256, lr=1e-3, weight_decay=0.05):
+    """Train one mapper; L_1 = L_ld + λ_pair L_pair + λ_cls L_cls.
+
+    z: (N, d) features of the source's training images. labels: (N,). text_source, text_target: t_i^s and t_i^k, (N, d),
+    of each image's caption or class. class_text: (C, d) prompts of the classes. All unit norm, on one device.
+    Returns the Mapper, frozen, and a dict of what to look at (see `statistics`).
+    CHOICE: AdamW, cosine schedule, 500 steps of 256, lr 1e-3, weight decay 0.05 (in the range LADS searches).
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mapper = Mapper(z.shape[1]).to(z.device)
+    generator = torch.Generator(z.device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(mapper.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        i = torch.randperm(len(z), generator=generator, device=z.device)[:batch_size]
+        z_hat = mapper(z[i])
+        # ε is drawn for source and target on their own: a shared one would cancel in the difference
+        t_s = stochastic_text(text_source[i], recipe.sigma, generator)
+        t_k = stochastic_text(text_target[i], recipe.sigma, generator)
+        loss = local_adaptation(z[i], z_hat, t_s, t_k)
+        if recipe.pair:
+            loss = loss + recipe.pair * pairwise_relation(z[i], z_hat, recipe.form)
+        if recipe.cls:  # LADS's class loss has no logit scale
+            loss = loss + recipe.cls * class_consistency(z_hat, class_text, labels[i], logit_scale=1)
+        if not loss.isfinite():
+            raise FloatingPointError(f"mapper: the loss is {loss.item()} at step {step}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    mapper.requires_grad_(False)
+    return mapper, statistics(mapper, z, text_source, text_target, recipe, generator)
+
+
+@torch.no_grad()
+def statistics(mapper, z, text_source, text_target, recipe, generator):
+    """What LDFS rests on, as plain numbers (cosines in [-1, 1], lengths in units of the unit sphere, angles in radians).
+
+    |Δt|: mean length of the text directions. spread: mean cosine between two images' directions (1: all the same).
+    noise: cosine of noisy and clean direction, which tells whether σ has drowned the direction.
+    follows: cosine of image shift and clean text direction. |Δz|: mean length of the image shift.
+    angles: mean change of the angle between two images' features, L_pair.
+    """
+    delta_t, z_hat = text_target - text_source, mapper(z)
+    noisy = stochastic_text(text_target, recipe.sigma, generator) - stochastic_text(text_source, recipe.sigma, generator)
+    unit = F.normalize(delta_t, dim=-1)
+    n, some = len(z), slice(0, 2000)  # pairs are quadratic in number
+    return {
+        "|Δt|": delta_t.norm(dim=-1).mean().item(),
+        "spread": ((unit.sum(0).square().sum() - n) / max(n * (n - 1), 1)).item(),
+        "noise": F.cosine_similarity(noisy, delta_t, dim=-1).mean().item(),
+        "follows": F.cosine_similarity(z_hat - z, delta_t, dim=-1).mean().item(),
+        "|Δz|": (z_hat - z).norm(dim=-1).mean().item(),
+        "angles": pairwise_relation(z[some], z_hat[some]).item(),
+    }
+
+
+def mapper_path(run, recipe_name, domain, seed):
+    return run / "mappers" / f"{recipe_name}-{domain}-seed{seed}.pt"
+
+
+def load_mapper(run, recipe_name, domain, seed, device="cpu"):
+    """A trained Mapper, frozen. Exits with status 2 where it has not been trained."""
+    path = mapper_path(run, recipe_name, domain, seed)
+    if not path.exists():
+        fail(f"{path} is not there. Train it: python mapper.py DATASET SOURCE --recipes {recipe_name}")
+    state = torch.load(path)["mapper"]
+    mapper = Mapper(state["net.0.weight"].shape[1], state["net.0.weight"].shape[0])
+    mapper.load_state_dict(state)
+    return mapper.requires_grad_(False).to(device)
+
+
+def main():
+    parser = data.arguments(__doc__)
+    parser.add_argument("--recipes", nargs="+", default=["lads", "ldfs"], help="lads, ldfs, or variations such as ldfs:sigma=0")
+    parser.add_argument("--steps", type=int, default=500, help="steps for each mapper")
+    args = parser.parse_args()
+    recipes = {name: parse_recipe(name) for name in args.recipes}
+    dataset, run = data.prepare(args)
+    clip = load_clip(args, dataset)
+    row, z_all = cached_features(clip, dataset, args.source)
+    everything = dataset.images[args.source]
+    labels_all = torch.tensor([y for _, y in everything])
+    texts = {}  # (direction, domain): t^k of every source image
+    for domain in dataset.phrases:
+        texts["class", domain] = encode_texts(clip, data.class_texts(dataset, domain))[labels_all]
+        if any(r.direction == "caption" for r in recipes.values()):
+            texts["caption", domain] = encode_texts(clip, data.caption_texts(dataset, domain, [p for p, _ in everything]))
+    class_text = encode_texts(clip, data.class_texts(dataset, args.source))
+    weights = data.digest(clip.model.state_dict().values())
+
+    jobs = [(seed, domain, name) for seed in range(args.seeds) for domain in dataset.targets(args.source) for name in recipes]
+    for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper")):
+        bar.set_postfix_str(f"{name} -> {domain}, seed {seed}")
+        i = torch.tensor([row[p] for p, _ in data.split(dataset, args.source, args.source, "train", seed)])
+        text_source, text_target = (texts[recipes[name].direction, d][i] for d in (args.source, domain))
+        tensors = [x.to(clip.device) for x in (z_all[i], labels_all[i], text_source, text_target, class_text)]
+        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "weights": weights, "data": data.digest(tensors)}
+        path = mapper_path(run, name, domain, seed)
+        if path.exists() and torch.load(path)["made_of"] == made_of:
+            continue
+        mapper, seen = train_mapper(*tensors, recipes[name], seed, args.steps)
+        data.write_atomically(path, lambda part: torch.save({"mapper": mapper.cpu().state_dict(), "made_of": made_of, "statistics": seen}, part))
+        rows = [{"method": name, "domain": domain, "split": "train", "metric": k, "value": v, "n": len(i), "seed": seed} for k, v in seen.items()]
+        data.append_results(run, args, rows)
+
+    print(f"{'recipe':24} {'target':14}" + "".join(f"{k:>9}" for k in ("|Δt|", "spread", "noise", "follows", "|Δz|", "angles")) + "   (mean over seeds)")
+    for name in recipes:
+        for domain in dataset.targets(args.source):
+            seen = [torch.load(mapper_path(run, name, domain, seed))["statistics"] for seed in range(args.seeds)]
+            print(f"{name:24} {domain:14}" + "".join(f"{sum(s[k] for s in seen) / len(seen):9.3f}" for k in seen[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""data.py and features.py: splits, words, bad input, and a feature cache that never serves another model's features."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import data
+import features
+
+
+def load_clip(name, dataset):
+    return features.load_clip(data.arguments("").parse_args(["tiny", "photo", "--model", name]), dataset)
+
+
+def test_splits_are_disjoint_whole_and_deterministic(tiny_data):
+    dataset = data.load("tiny", tiny_data)
+    parts = [data.split(dataset, "photo", "photo", part, seed=0) for part in ("train", "val", "test")]
+    assert [len(p) for p in parts] == [18, 3, 9]
+    assert sorted(sum(parts, [])) == dataset.images["photo"]
+    assert parts[0] == data.split(data.load("tiny", tiny_data), "photo", "photo", "train", seed=0)
+    assert parts[0] != data.split(dataset, "photo", "photo", "train", seed=1)
+    assert {y for _, y in parts[2]} == {0, 1, 2}  # stratified by class
+    assert data.split(dataset, "photo", "sketch", "test", seed=0) == dataset.images["sketch"]  # a target is tested whole
+    assert data.split(dataset, "photo", "sketch", "train", seed=0) == []
+
+
+def test_what_is_trained_on_is_in_no_test_part_of_any_style(tiny_data):
+    about = tiny_data / "tiny" / "dataset.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"same_stem_same_thing": True}))
+    dataset = data.load("tiny", tiny_data)
+
+    def things(domain, part):
+        return {path.split("/", 1)[1] for path, _ in data.split(dataset, "photo", domain, part, seed=0)}
+
+    for domain in dataset.targets("photo"):
+        assert things(domain, "test") == things("photo", "test")
+        assert not things(domain, "test") & (things("photo", "train") | things("photo", "val"))
+
+
+def test_words():
+    assert data.words("Alarm_Clock") == "alarm clock"
+    assert [data.article(n) for n in ("dog", "elephant", "grapes", "glass of milk", "Santa Claus")] == ["a dog", "an elephant", "grapes", "a glass of milk", "Santa Claus"]
+
+
+def test_prompts_carry_each_images_own_caption(tiny_data):
+    dataset = data.load("tiny", tiny_data)
+    assert data.class_texts(dataset, "sketch") == ["a sketch of a cat", "a sketch of a dog", "a sketch of a red house"]
+    assert data.caption_texts(dataset, "sketch", ["photo/dog/3.png"]) == ["a sketch of a dog number 3"]
+    (tiny_data / "tiny" / "captions.jsonl").write_text('{"path": "photo/dog/3.png", "caption": "a photo of two dogs"}\n')
+    assert data.caption_texts(dataset, "sketch", ["photo/dog/3.png"]) == ["a sketch of two dogs"]
+
+
+def refusal(capsys, call):
+    """The one line that `call` prints before it exits with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    lines = [s for s in capsys.readouterr().err.splitlines() if s.strip() and "img/s" not in s]  # but for progress bars
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_bad_data_is_refused_by_name(tiny_data, tiny_clip, capsys):
+    tiny = tiny_data / "tiny"
+    assert "Known: pacs, tiny" in refusal(capsys, lambda: data.load("pcas", tiny_data))
+    assert "photo, art_painting, cartoon, sketch" in refusal(capsys, lambda: data.load("pacs", tiny_data))
+    assert "python emoji.py" in refusal(capsys, lambda: data.load("emoji", tiny_data))
+    assert "'foto'" in refusal(capsys, lambda: data.prepare(data.arguments("").parse_args(["tiny", "foto", "--data", str(tiny_data)])))
+    assert "no such file" in refusal(capsys, lambda: data.load("tiny", tiny_data, captions="nowhere.jsonl"))
+    dataset = data.load("tiny", tiny_data)
+
+    (tiny / "captions.jsonl").write_text('{"path": "photo/dog/3.png", "caption": "a dog"}\n')
+    assert "2 of 3 images, photo/cat/1.png" in refusal(capsys, lambda: data.caption_texts(dataset, "photo", ["photo/dog/3.png", "photo/cat/1.png", "photo/cat/2.png"]))
+    (tiny / "captions.jsonl").write_text('{"path": "photo/dog/3.png"}\n')
+    assert "line 1" in refusal(capsys, lambda: data.caption_texts(dataset, "photo", ["photo/dog/3.png"]))
+
+    (tiny / "photo" / "dog" / "3.png").write_bytes(b"not an image")
+    clip = load_clip(tiny_clip, dataset)
+    capsys.readouterr()
+    assert "photo/dog/3.png" in refusal(capsys, lambda: features.encode_images(clip, tiny, dataset.images["photo"]))
+
+    for image in (tiny / "photo" / "dog").iterdir():
+        image.unlink()
+    assert "photo/dog holds no images" in refusal(capsys, lambda: data.load("tiny", tiny_data))
+    shutil.rmtree(tiny / "sketch" / "cat")
+    (tiny / "photo" / "dog" / "1.png").touch()
+    assert "sketch has other classes" in refusal(capsys, lambda: data.load("tiny", tiny_data))
+    shutil.rmtree(tiny / "photo")
+    assert "photo holds no class folders" in refusal(capsys, lambda: data.load("tiny", tiny_data))
+
+
+@pytest.mark.parametrize("name, remedy", [
+    ("ViT-B-61", "Alike: "), ("local-dir:nowhere", "nowhere/open_clip_config.json does not exist"),
+])
+def test_a_bad_model_is_refused_by_name(tiny_data, capsys, name, remedy):
+    assert remedy in refusal(capsys, lambda: load_clip(name, data.load("tiny", tiny_data)))
+
+
+def test_published_counts_are_checked(tiny_data, capsys, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "squares", {"phrases": {d: d for d in ("photo", "sketch")}, "counts": {"photo": 31, "sketch": 30}})
+    (tiny_data / "tiny" / "dataset.json").unlink()
+    (tiny_data / "tiny").rename(tiny_data / "squares")
+    data.load("squares", tiny_data)
+    assert capsys.readouterr().err.strip().endswith("holds 30 images, 31 are published")
+
+
+def test_features_are_unit_norm_in_order_and_of_each_text_its_own(tiny_data, tiny_clip):
+    dataset = data.load("tiny", tiny_data)
+    clip = load_clip(tiny_clip, dataset)
+    items = dataset.images["photo"]
+    z = features.encode_images(clip, dataset.folder, items, batch_size=7)
+    assert torch.allclose(z.norm(dim=1), torch.ones(len(items)), atol=1e-6)
+    assert torch.allclose(z[[4]], features.encode_images(clip, dataset.folder, items[4:5]), atol=1e-5)
+    t = features.encode_texts(clip, ["a dog", "a cat", "a dog"])
+    assert torch.equal(t[0], t[2]) and not torch.allclose(t[0], t[1])
+
+
+def test_the_cache_is_keyed_by_weights_preprocessing_and_images(tiny_data, tiny_clip, tmp_path):
+    dataset = data.load("tiny", tiny_data)
+    clip = load_clip(tiny_clip, dataset)
+
+    def files():
+        features.cached_features(clip, dataset, "photo", tmp_path / "cache")
+        return len(list((tmp_path / "cache").iterdir()))
+
+    assert files() == 1
+    assert files() == 1  # served from the cache
+    with torch.no_grad():
+        clip.model.visual.proj[0, 0] += 1
+    assert files() == 2
+    clip.preprocess.transforms.pop()
+    assert files() == 3
+    shutil.copy(tiny_data / "tiny" / "photo" / "cat" / "1.png", tiny_data / "tiny" / "photo" / "cat" / "2.png")
+    assert files() == 4
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def dies(part):
+        part.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, dies)
+    assert path.read_text() == "old"

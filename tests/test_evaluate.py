@@ -1,0 +1,84 @@
+"""evaluate.py: accuracies, figure 4's measures and the table against values worked out by hand."""
+
+import json
+
+import pytest
+import torch
+
+import data
+import evaluate
+
+
+def test_accuracies_and_their_means(tiny_data):
+    """A head that knows photos, and names every sketch and cartoon a cat: a third of them are."""
+    dataset = data.load("tiny", tiny_data)
+
+    def features_of(domain, items):
+        right = torch.eye(3)[[y for _, y in items]]
+        return right if domain == "photo" else torch.eye(3)[[0] * len(items)]
+
+    rows = evaluate.accuracies(dataset, "photo", 0, features_of, torch.eye(3), "m")
+    got = {(r["domain"], r["split"]): (round(r["value"], 4), r["n"]) for r in rows}
+    third = round(100 / 3, 4)
+    assert got == {
+        ("photo", "val"): (100, 3), ("photo", "test"): (100, 9), ("sketch", "test"): (third, 30), ("cartoon", "test"): (third, 30),
+        ("OOD mean", "test"): (third, 60), ("extended", "test"): (round((100 + 100 / 3) / 2, 4), 60),
+    }
+
+
+def test_consistency_of_known_neighbours():
+    target = torch.eye(4)[:2], torch.tensor([0, 1])   # real sketches of class 0 and 1
+    source = torch.eye(4)[2:], torch.tensor([0, 1])   # real photos
+    z_hat = torch.tensor([[1.0, 0, 0, 0], [0.9, 0, 0, 0], [0, 0.5, 0.6, 0], [0.1, 0, 0, 0.9]])
+    got = evaluate.consistency(z_hat, torch.tensor([0, 1, 1, 1]), target, source)
+    assert got == {"domain consistency": 50, "class consistency": 50, "unique neighbours": 50}
+
+
+def write(run, *rows):
+    run.mkdir()
+    base = {"dataset": "d", "source": "photo", "split": "test", "metric": "accuracy", "n": 9, "args": {"train": "head", "init": "text"}}
+    (run / "results.jsonl").write_text("".join(json.dumps(base | r) + "\n" for r in rows))
+
+
+def test_table_means_deviations_and_raw_seeds(tmp_path):
+    write(tmp_path / "run", *(
+        {"method": "ldfs", "domain": domain, "seed": seed, "value": value}
+        for domain, values in {"photo": (90, 92), "sketch": (40, 50), "OOD mean": (40, 50)}.items() for seed, value in enumerate(values)
+    ), {"method": "lads", "domain": "photo", "seed": 0, "value": 1.0})
+    lines = evaluate.table(evaluate.read_results(tmp_path / "run")).splitlines()
+    assert lines[2] == "| method | ID (photo) | sketch | OOD mean | OOD mean, seed by seed |"
+    assert lines[4] == "| ldfs | 91.0 ± 1.4 | 45.0 ± 7.1 | 45.0 ± 7.1 | 40.0 50.0 |"
+    assert lines[5] == "| lads | 1.0 | not run | not run |  |"
+
+
+def test_of_a_stage_run_twice_the_last_result_counts(tmp_path):
+    row = {"method": "ldfs", "domain": "photo", "seed": 0}
+    write(tmp_path / "run", row | {"value": 1}, row | {"value": 2}, row | {"value": 3, "args": {"train": "all", "init": "text"}})
+    assert [r["value"] for r in evaluate.read_results(tmp_path / "run")] == [2, 3]
+
+
+def test_table_of_nothing_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.read_results(tmp_path)
+    assert stop.value.code == 2 and "results.jsonl is not there" in capsys.readouterr().err
+
+
+def test_only_evaluate_reads_target_images(tiny_data, tiny_clip, tmp_path, monkeypatch):
+    """With the images of all targets broken, mapper.py and finetune.py do not notice."""
+    import features
+    import finetune
+    import mapper
+
+    for domain in ("sketch", "cartoon"):
+        for image in (tiny_data / "tiny" / domain).glob("*/*.png"):
+            image.write_bytes(b"broken")
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+    common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["mapper.py", *common, "--steps", "2"])
+    mapper.main()
+    for train in ("head", "visual", "all"):
+        monkeypatch.setattr("sys.argv", ["finetune.py", *common, "--epochs", "1", "--train", train])
+        finetune.main()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *common])
+    with pytest.raises(SystemExit):
+        evaluate.main()
