@@ -16,11 +16,12 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
 
-# The domains of a data set are its folders; a phrase says in words what each one's pictures are ("PHRASE of a dog").
+# The domains of a data set are its folders; a phrase says what the pictures of each are called ("PHRASE of a dog").
 # `counts` are the published numbers of images, checked when the set is read.
 DATASETS = {
     "pacs": {
@@ -28,7 +29,8 @@ DATASETS = {
         "counts": {"photo": 1670, "art_painting": 2048, "cartoon": 2344, "sketch": 3929},
     },
 }
-FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # CHOICE: DomainBed's 80/20, with the validation tenth out of the 80
+# CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10 lists.
+FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -68,37 +70,47 @@ def load(name, root="data", captions=None):
         known = sorted({*DATASETS, *(f.parent.name for f in root.glob("*/dataset.json"))})
         if name in DATASETS:
             wanted = ", ".join(DATASETS[name]["phrases"])
-            fail(f"the data set {name} is not in {root / name}. Put its folders ({wanted}; each with a folder per class) there, or name the folder above it with --data.")
+            fail(
+                f"the data set {name} is not in {root / name}. Put its folders ({wanted}; each with a folder per class) "
+                "there, or name the folder above it with --data."
+            )
         if Path(f"{name}.py").exists():
             fail(f"the data set {name} is not in {root / name} yet. Make it: python {name}.py")
-        fail(f"unknown data set {name!r}. Known: {', '.join(known)}. Your own: a folder {root / name} with a dataset.json (see data.py).")
+        fail(
+            f"unknown data set {name!r}. Known: {', '.join(known)}. "
+            f"Your own: a folder {root / name} with a dataset.json (see data.py)."
+        )
     about = DATASETS.get(name, {})
     if (folder / "dataset.json").exists():
         about = json.loads((folder / "dataset.json").read_text())
 
-    classes, images = None, {}
-    for domain in about["phrases"]:
-        found = sorted(c.name for c in (folder / domain).glob("*") if c.is_dir()) if (folder / domain).is_dir() else []
+    domains, classes, images = list(about["phrases"]), None, {}
+    for domain in domains:
+        found = sorted(c.name for c in (folder / domain).glob("*") if c.is_dir())
         if not found:
-            fail(f"{folder / domain} holds no class folders. The data set {name} needs the domains {', '.join(about['phrases'])}; get it whole.")
+            fail(f"{folder / domain} holds no class folders. {name} needs the domains {', '.join(domains)}; get it whole.")
         classes = classes or found
         if found != classes:
-            odd = sorted({*found} ^ {*classes})
-            fail(f"{folder / domain} has other classes than {folder / next(iter(about['phrases']))}: {', '.join(odd[:5])} {'is' if len(odd) == 1 else 'are'} not in both. Give every domain the same class folders.")
+            odd = ", ".join(sorted({*found} ^ {*classes})[:5])
+            fail(
+                f"{folder / domain} has other classes than {folder / domains[0]}: not in both: {odd}. "
+                "Give every domain the same class folders."
+            )
         images[domain] = []
         for label, cls in enumerate(classes):
             files = sorted(f for f in (folder / domain / cls).iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
             if not files:
-                fail(f"{folder / domain / cls} holds no images ({', '.join(sorted(IMAGE_ENDINGS))}). Fill it, or remove the class from every domain.")
+                endings = ", ".join(sorted(IMAGE_ENDINGS))
+                fail(f"{folder / domain / cls} holds no images ({endings}). Fill it, or remove the class everywhere.")
             images[domain] += [(f.relative_to(folder).as_posix(), label) for f in files]
         expected = about.get("counts", {}).get(domain, len(images[domain]))
         if expected != len(images[domain]):
-            print(f"warning: {folder / domain} holds {len(images[domain])} images, {expected} are published", file=sys.stderr)
+            tqdm.write(f"warning: {folder / domain} holds {len(images[domain])} images, {expected} are published")
 
     if captions is None:
         captions = next((f for f in (folder / "captions.jsonl", root / f"{name}_captions.jsonl") if f.exists()), None)
     elif not Path(captions).is_file():
-        fail(f"--captions {captions}: no such file. Each line of it is {{\"path\": \"photo/dog/1.jpg\", \"caption\": \"…\"}}.")
+        fail(f'--captions {captions}: no such file. Each line of it is {{"path": "photo/dog/1.jpg", "caption": "…"}}.')
     return Dataset(
         name, folder, about["phrases"], classes, images, about.get("fractions", FRACTIONS),
         about.get("same_stem_same_thing", False), about.get("model"), captions and Path(captions),
@@ -164,17 +176,23 @@ def caption_texts(dataset, domain, paths):
     Exits with status 2 when there are no captions, or an image has none.
     """
     if dataset.captions is None:
-        fail(f"no captions for {dataset.name}: LDFS needs one for each image of the source. Put {{\"path\": …, \"caption\": …}} lines into {dataset.folder / 'captions.jsonl'}, or name a file with --captions.")
+        fail(
+            f"no captions for {dataset.name}: LDFS needs one for each image of the source. Put them into "
+            f"{dataset.folder / 'captions.jsonl'}, or name a file with --captions."
+        )
     own = {}
     for number, line in enumerate(dataset.captions.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            own[row["path"]] = re.sub(r"^(an? )?(photo|picture|image|painting|drawing|sketch|cartoon) of ", "", row["caption"].strip())
+            own[row["path"]] = re.sub(r"^(an? )?(photo|picture|image|painting|drawing|sketch|cartoon) of ", "", row["caption"])
         except (json.JSONDecodeError, KeyError, TypeError):
-            fail(f'{dataset.captions}, line {number}: not of the form {{"path": "photo/dog/1.jpg", "caption": "…"}}. Mend or remove it.')
-    missing = [p for p in paths if not own.get(p)]
+            fail(f'{dataset.captions}, line {number}: not {{"path": "photo/dog/1.jpg", "caption": "…"}}. Mend or remove it.')
+    missing = [p for p in paths if not own.get(p, "").strip()]
     if missing:
-        fail(f"{dataset.captions} has no caption for {len(missing)} of {len(paths)} images, {missing[0]} the first. Caption them, or name another file with --captions.")
+        fail(
+            f"{dataset.captions} has no caption for {len(missing)} of {len(paths)} images, {missing[0]} the first. "
+            "Caption them, or name another file with --captions."
+        )
     return [f"{dataset.phrases[domain]} of {own[p]}" for p in paths]
 
 
@@ -184,15 +202,16 @@ def caption_texts(dataset, domain, paths):
 
 def arguments(description):
     """An argparse parser with the arguments that all stages share."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("dataset", help=f"data set: {', '.join(DATASETS)}, or the name of a folder in --data with a dataset.json")
-    parser.add_argument("source", help="domain to finetune on; all others are unseen until evaluation")
-    parser.add_argument("--data", default="data", help="folder that holds the data set's folder")
-    parser.add_argument("--captions", help="JSON lines of path and caption (default: the data set's captions.jsonl)")
-    parser.add_argument("--model", help="CLIP: an open_clip name, hf-hub:…, or local-dir:PATH (default: the data set's, else ViT-B-16-quickgelu)")
-    parser.add_argument("--pretrained", default="openai", help="open_clip's tag of the weights; not used with hf-hub: and local-dir:")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … N-1; a seed decides split, initialisation and order")
-    parser.add_argument("--run", help="folder of the results (default: runs/DATASET-SOURCE)")
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    add = parser.add_argument
+    add("dataset", help=f"{', '.join(DATASETS)}, or a folder in --data that has a dataset.json")
+    add("source", help="domain to finetune on; all others are unseen until evaluation")
+    add("--data", default="data", help="folder that holds the data set's folder (default: data)")
+    add("--captions", help="JSON lines of path and caption (default: the data set's captions.jsonl)")
+    add("--model", help="open_clip name, hf-hub:…, or local-dir:PATH (default: the data set's, else ViT-B-16-quickgelu)")
+    add("--pretrained", default="openai", help="open_clip's tag of the weights, of a model known by name (default: openai)")
+    add("--seeds", type=int, default=5, help="seeds 0 … N-1: each its split, initialisation and order (default: 5)")
+    add("--run", help="folder of the results (default: runs/DATASET-SOURCE)")
     return parser
 
 
@@ -225,14 +244,15 @@ def digest(tensors):
 
 
 def append_results(run, args, rows):
-    """Append rows (dicts of method, domain, split, metric, value, n, seed) to run/results.jsonl, each with what made it."""
-    import open_clip  # here, so that reading data alone stays quick
-    import torch
-
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Append rows (method, domain, split, metric, value, n, seed) to run/results.jsonl, each with what made it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     shared = {
-        "dataset": args.dataset, "source": args.source, "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source")},
-        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__}, "commit": git.stdout.strip() or None,
+        "dataset": args.dataset,
+        "source": args.source,
+        "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source")},
+        "versions": {package: version(package) for package in ("torch", "open_clip_torch")},
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
     }
+    columns = ("method", "domain", "split", "metric", "value", "n", "seed")
     with open(run / "results.jsonl", "a") as file:
-        file.write("".join(json.dumps({**row, **shared}) + "\n" for row in rows))
+        file.write("".join(json.dumps({**dict(zip(columns, row, strict=True)), **shared}) + "\n" for row in rows))

@@ -270,6 +270,14 @@ def caption(word, rng):
     return ", ".join([article(label), *rng.sample(new, min(len(new), rng.randint(1, 2)))])
 
 
+def pool_caption(about, rng):
+    """A caption of a pool drawing: its style, what it shows, and three times in ten what kind of thing that is."""
+    content = caption(about, rng)
+    if about["subgroup"] and rng.random() < 0.3:  # "food-sweet" -> "sweet food"
+        content += ", " + " ".join(reversed(about["subgroup"].split("-", 1))).replace("-", " ")
+    return rng.choice(STYLES[about["set"]]).format(content)
+
+
 def write_folder(root, name, classes, words, drawings):
     """Write one image folder {domain}/{class}/{code}.png with captions.jsonl and dataset.json; whole or not at all."""
     final = root / name
@@ -335,8 +343,8 @@ def write_pool(root):
                 for name, key, word, image in pairs[start:start + 2000]:
                     png, rng = io.BytesIO(), random.Random(f"{name} {key}")
                     image.save(png, "png")
-                    text = rng.choice(STYLES[name]).format(caption(word, rng))
                     about = {**word, "set": name, "key": key}
+                    text = pool_caption(about, rng)
                     for ending, data in ("png", png.getvalue()), ("txt", text.encode()), ("json", json.dumps(about).encode()):
                         info = tarfile.TarInfo(f"{name}.{key}".replace(".", "_") + "." + ending)
                         info.size = len(data)
@@ -553,7 +561,7 @@ def pretrain(root, out, epochs, text_steps, seed=0):
         order = torch.randperm(len(images), generator=generator)
         for batch in (bar := tqdm(order[:len(order) // 512 * 512].view(-1, 512), desc=f"contrastive epoch {epoch + 1}/{epochs}")):
             about = [pairs[i][1] for i in batch.tolist()]
-            ids = tokenize([rng.choice(STYLES[a["set"]]).format(caption(a, rng)) for a in about])
+            ids = tokenize([pool_caption(a, rng) for a in about])
             view = torch.randint(VIEWS, (len(batch),), generator=generator)
             image = F.normalize(late(views[batch, view].float().contiguous(memory_format=torch.channels_last)), dim=-1)
             with torch.autocast("cpu", torch.bfloat16):

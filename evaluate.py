@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 from data import fail
 from features import cached_features, encode_images, encode_texts, load_clip
-from finetune import SCHEDULES, checkpoint_path
+from finetune import add_what, checkpoint_path
 from mapper import load_mapper
 
 
@@ -35,16 +35,16 @@ def accuracies(dataset, source, seed, features_of, class_weight, method):
     """
     rows, by_domain = [], {}
     for domain, part in [(source, "val"), (source, "test"), *((d, "test") for d in dataset.targets(source))]:
-        items = data.split(dataset, source, domain=domain, part=part, seed=seed)
+        items = data.split(dataset, source, domain, part, seed)
         if not items:  # a small class set may leave no image for validation
             continue
         value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), class_weight)
-        rows.append({"method": method, "domain": domain, "split": part, "metric": "accuracy", "value": value, "n": len(items), "seed": seed})
+        rows.append((method, domain, part, "accuracy", value, len(items), seed))
         by_domain[domain, part] = value
     ood = statistics.mean(by_domain[d, "test"] for d in dataset.targets(source))
-    n = sum(row["n"] for row in rows if row["domain"] != source)
-    for name, value in ("OOD mean", ood), ("extended", (by_domain[source, "test"] + ood) / 2):
-        rows.append({"method": method, "domain": name, "split": "test", "metric": "accuracy", "value": value, "n": n, "seed": seed})
+    n = sum(count for _, domain, _, _, _, count, _ in rows if domain != source)
+    rows.append((method, "OOD mean", "test", "accuracy", ood, n, seed))
+    rows.append((method, "extended", "test", "accuracy", (by_domain[source, "test"] + ood) / 2, n, seed))
     return rows
 
 
@@ -59,18 +59,22 @@ def evaluate_run(args):
         row, z = cache[domain]
         return z[[row[p] for p, _ in items]]
 
+    def encoded(domain, items):
+        return encode_images(clip, dataset.folder, items, label=domain)
+
     text = encode_texts(clip, data.class_texts(dataset, args.source))
     for seed in tqdm(range(args.seeds), desc=f"evaluating ({args.train})", unit="seed"):
         rows = accuracies(dataset, args.source, seed, cached, text, "zero-shot")
         for features in args.features:
             path = checkpoint_path(run, args.train, args.init, features, seed)
             if not path.exists():
-                fail(f"{path} is not there. Train it: python finetune.py {args.dataset} {args.source} --train {args.train} --features {features}")
+                fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
             state = torch.load(path, map_location="cpu")
             features_of = cached
             if args.train != "head":
-                clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in state["modules"].items() if k.startswith("clip.")})
-                features_of = lambda domain, items: encode_images(clip, dataset.folder, items, label=domain)  # noqa: E731
+                tuned = {k.removeprefix("clip."): v for k, v in state["modules"].items() if k.startswith("clip.")}
+                clip.model.load_state_dict(tuned)
+                features_of = encoded
             method = "finetune" if features == "original" else features
             rows += accuracies(dataset, args.source, seed, features_of, state["modules"]["head.weight"], method)
         data.append_results(run, args, rows)
@@ -122,9 +126,10 @@ def figure4(args):
             for name in ["not mapped", *recipes]:
                 z_hat = z if name == "not mapped" else load_mapper(run, name, domain, seed)(z)
                 for metric, value in consistency(z_hat, labels, real[domain], real[args.source]).items():
-                    rows.append({"method": name, "domain": domain, "split": "test", "metric": metric, "value": value, "n": len(z), "seed": seed})
+                    rows.append((name, domain, "test", metric, value, len(z), seed))
                 if seed == 0 and name != "not mapped":
-                    picture[domain, name] = [(real[domain][2][i], real[domain][1][i].item()) for i in neighbours(z_hat, real[domain][0])]
+                    z_real, labels_real, paths_real = real[domain]
+                    picture[domain, name] = [(paths_real[i], labels_real[i].item()) for i in neighbours(z_hat, z_real)]
         data.append_results(run, args, rows)
         if seed == 0:
             draw_figure4(dataset, run / "figure4.png", list(zip(paths, labels.tolist())), picture)
@@ -140,7 +145,8 @@ def draw_figure4(dataset, path, sources, picture, columns=10):
     from PIL import Image
 
     pick = torch.randperm(len(sources), generator=torch.Generator().manual_seed(0))[:columns].tolist()
-    rows = [("source", [sources[i] for i in pick])] + [(f"{name}\n{domain}", [found[i] for i in pick]) for (domain, name), found in picture.items()]
+    rows = [("source", [sources[i] for i in pick])]
+    rows += [(f"{name}\n{domain}", [found[i] for i in pick]) for (domain, name), found in picture.items()]
     figure, axes = pyplot.subplots(len(rows), len(pick), figsize=(len(pick), 1.08 * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows):
         for column, (axis, (file, label)) in enumerate(zip(line, images)):
@@ -176,31 +182,50 @@ def read_results(run):
 
 
 def table(rows, metrics=("accuracy",)):
-    """Markdown: a block for each thing trained, a line for each method, mean ± standard deviation over the seeds."""
+    """Markdown: a block for each thing trained, a line for each method, mean ± standard deviation over the seeds.
+
+    "less finetune" is the OOD mean less that of plain finetuning, seed by seed: the split is the same, so this is the
+    comparison to look at; what it deviates is the noise of the comparison.
+    """
+
+    def trained(row):
+        return row["args"].get("train"), row["args"].get("init")
+
     lines = []
-    source = rows[0]["source"]
     for metric in metrics:
         of_metric = [r for r in rows if r["metric"] == metric and r["split"] == "test"]
-        for train, init in dict.fromkeys((r["args"].get("train"), r["args"].get("init")) for r in of_metric):
-            block = [r for r in of_metric if (r["args"].get("train"), r["args"].get("init")) == (train, init)]
+        for train, init in dict.fromkeys(map(trained, of_metric)):
+            block = [r for r in of_metric if trained(r) == (train, init)]
+            dataset, source, seeds = block[0]["dataset"], block[0]["source"], len({r["seed"] for r in block})
             domains = list(dict.fromkeys(r["domain"] for r in block))
-            seeds = sorted({r["seed"] for r in block})
-            title = f"{block[0]['dataset']}, source {source}: {metric} in per cent" + (f", --train {train} --init {init}" if metric == "accuracy" else "")
-            lines += [title + f", {len(seeds)} seed{'s' * (len(seeds) > 1)}", ""]
-            raw = "OOD mean" in domains
-            heads = [f"ID ({d})" if d == source else d for d in domains] + (["OOD mean, seed by seed"] if raw else [])
-            lines += ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+            how = f", --train {train} --init {init}" if metric == "accuracy" else ""
+            heads = ["method"] + [f"ID ({d})" if d == source else d for d in domains]
+            rivals = [m for m in ("finetune", "lads") if any(r["method"] == m for r in block)]
+            if metric == "accuracy":
+                heads += [f"less {m}" for m in rivals] + ["OOD mean, seed by seed"]
+            lines += [f"{dataset}, source {source}{how}: {metric} in per cent, {seeds} seed{'s'[:seeds - 1]}", ""]
+            lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+            of = {}  # (method, domain): {seed: value}
+            for r in block:
+                of.setdefault((r["method"], r["domain"]), {})[r["seed"]] = r["value"]
             for method in dict.fromkeys(r["method"] for r in block):
-                cells = []
-                for domain in domains:
-                    values = [r["value"] for r in block if (r["method"], r["domain"]) == (method, domain)]
-                    cells.append(f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "") if values else "not run")
-                if raw:
-                    values = sorted((r["seed"], r["value"]) for r in block if (r["method"], r["domain"]) == (method, "OOD mean"))
-                    cells.append(" ".join(f"{v:.1f}" for _, v in values))
-                lines.append(f"| {method} | " + " | ".join(cells) + " |")
-            lines.append("")
+                cells = [method] + [mean_and_deviation([*of.get((method, d), {}).values()]) or "not run" for d in domains]
+                if metric == "accuracy":
+                    ood = of.get((method, "OOD mean"), {})
+                    for rival in rivals:  # the difference, seed by seed
+                        other = of.get((rival, "OOD mean"), {}) if rival != method else {}
+                        cells += [mean_and_deviation([ood[s] - other[s] for s in ood.keys() & other.keys()])]
+                    cells += [" ".join(f"{value:.1f}" for _, value in sorted(ood.items()))]
+                lines += ["| " + " | ".join(cells) + " |"]
+            lines += [""]
     return "\n".join(lines)
+
+
+def mean_and_deviation(values):
+    """"91.0 ± 1.4" (sample standard deviation), without the deviation of a single value; "" of none."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def main():
@@ -211,9 +236,7 @@ def main():
         fail(f"say what to do: python evaluate.py {'|'.join(stages)} DATASET SOURCE, or python evaluate.py table runs/…")
     parser = data.arguments(__doc__)
     parser.prog = f"evaluate.py {sys.argv[1]}"
-    parser.add_argument("--train", choices=SCHEDULES, default="head", help="as given to finetune.py")
-    parser.add_argument("--init", choices=["text", "scratch"], default="text", help="as given to finetune.py")
-    parser.add_argument("--features", nargs="+", default=["original", "lads", "ldfs"], help="as given to finetune.py")
+    add_what(parser)
     stages[sys.argv[1]](parser.parse_args(sys.argv[2:]))
 
 

@@ -1,5 +1,6 @@
 """CLIP, and what it makes of images and texts: load a model, encode, and cache the features of a data set."""
 
+import difflib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -40,8 +41,11 @@ def autocast(device, announce=False):
     """
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if announce:
-        reason = "bf16 autocast, weights float32" if bf16 else "no bf16 on this GPU" if device.type == "cuda" else "no GPU; bf16 would not be faster here"
-        print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, {'bfloat16' if bf16 else 'float32'} ({reason})")
+        if device.type == "cuda":
+            name, reason = torch.cuda.get_device_name(), "autocast; weights stay float32" if bf16 else "it has no bfloat16"
+        else:
+            name, reason = "cpu", "no GPU here; bfloat16 is for GPUs"
+        print(f"device: {name}, {'bfloat16' if bf16 else 'float32'} ({reason})")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -59,18 +63,23 @@ def load_clip(args, dataset):
             fail(f"--model {name}: {folder / absent[0]} does not exist. A local-dir: model is a folder in open_clip's format.")
     elif not name.startswith("hf-hub:"):
         if name not in open_clip.list_models():
-            alike = [m for m in open_clip.list_models() if name.split("-")[0].lower() in m.lower()][:5] or [DEFAULT_MODEL]
-            fail(f"--model {name}: open_clip knows no such model. Alike: {', '.join(alike)}; all: python -c 'import open_clip; print(open_clip.list_models())'")
+            alike = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0)
+            fail(f"--model {name}: open_clip knows no such model. Nearest names: {', '.join(alike)}.")
         pretrained = args.pretrained
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags and not Path(pretrained).is_file():
             fail(f"--pretrained {pretrained}: no such weights of {name}. There are: {', '.join(tags) or 'none'}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model, augment, preprocess = open_clip.create_model_and_transforms(name, pretrained, device=device, aug_cfg={"scale": (0.9, 1.0)})
+        model, augment, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained, device=device, aug_cfg={"scale": (0.9, 1.0)}  # FLYP's mild random crop, no flip
+        )
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:
-        fail(f"could not load {name} ({str(error).splitlines()[0]}). It comes from the Hugging Face hub and is cached after the first time: run once with a network, or name a folder with --model local-dir:PATH.")
+        fail(
+            f"could not load {name} ({str(error).splitlines()[0]}). It comes from the Hugging Face hub and is cached after "
+            "the first time: run once with a network, or name a folder with --model local-dir:PATH."
+        )
     autocast(device, announce=True)
     # Frozen until finetune.py says otherwise: PyTorch's attention rounds differently where a weight wants a gradient.
     # Eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a few
@@ -96,7 +105,7 @@ class Images(torch.utils.data.Dataset):
         try:
             with Image.open(self.folder / path) as image:
                 return self.transform(image.convert("RGB")), label
-        except OSError:  # a worker process cannot stop the program with a clear line, so the name travels to the main one
+        except OSError:  # a worker process cannot stop the program with a clear line: the name travels to the main one
             return None, str(self.folder / path)
 
 
@@ -158,7 +167,8 @@ def cached_features(clip, dataset, domain, cache=None):
     """
     items = dataset.images[domain]
     stats = [(path, (s := (dataset.folder / path).stat()).st_size, s.st_mtime_ns) for path, _ in items]
-    key = hashlib.sha256(repr((digest(clip.model.state_dict().values()), repr(clip.preprocess), str(dataset.folder.resolve()), stats)).encode()).hexdigest()[:20]
+    made_of = (digest(clip.model.state_dict().values()), str(clip.preprocess), str(dataset.folder.resolve()), stats)
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
     path = (cache or CACHE) / f"{dataset.name}-{domain}-{key}.pt"
     if path.exists():
         z = torch.load(path)

@@ -105,12 +105,15 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
         if first < schedule.epochs:
             optimizer.load_state_dict(state["optimizer"])
 
-    for epoch in (bar := tqdm(range(first, schedule.epochs), initial=first, total=schedule.epochs, desc=checkpoint.stem, unit="epoch", leave=False)):
+    epochs = range(first, schedule.epochs)
+    bar = tqdm(epochs, checkpoint.stem, initial=first, total=schedule.epochs, unit="epoch", leave=False)
+    for epoch in bar:
         # order and augmentation hang on (seed, epoch) alone, so a resumed run is the uninterrupted one, bit for bit
         torch.manual_seed(1000 * seed + epoch)
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         if train == "head":
-            batches = ((z_all[i], labels_all[i]) for i in torch.randperm(len(items), generator=generator).split(schedule.batch_size))
+            order = torch.randperm(len(items), generator=generator).split(schedule.batch_size)
+            batches = ((z_all[i], labels_all[i]) for i in order)
         else:
             batches = image_batches(dataset.folder, items, clip.augment, schedule.batch_size, clip.device, generator)
         for i, (x, labels) in enumerate(batches):
@@ -124,7 +127,7 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
                     scale = model.logit_scale.exp()
                 loss = step_loss(z, labels, weight, scale, mappers)
             if not loss.isfinite():
-                raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}; try a smaller --lr")
+                raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}; try a lower --lr")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -143,11 +146,17 @@ def checkpoint_path(run, train, init, features, seed):
     return run / "checkpoints" / f"{train}-{init}-{features}-seed{seed}.pt"
 
 
+def add_what(parser):
+    """The arguments that name checkpoints, for finetune.py and evaluate.py."""
+    add = parser.add_argument
+    add("--train", choices=SCHEDULES, default="head", help="linear head, image tower and head, or both towers")
+    add("--init", choices=["text", "scratch"], default="text", help="the head starts as the class prompts, or random")
+    add("--features", nargs="+", default=["original", "lads", "ldfs"], help="recipes of mapper.py to add, or original")
+
+
 def main():
     parser = data.arguments(__doc__)
-    parser.add_argument("--train", choices=SCHEDULES, default="head", help="what is trained: linear head, image tower with head, or both towers")
-    parser.add_argument("--init", choices=["text", "scratch"], default="text", help="the head starts from the class prompts' features, or at random")
-    parser.add_argument("--features", nargs="+", default=["original", "lads", "ldfs"], help="original, or a recipe of mapper.py: original features plus its synthesised ones")
+    add_what(parser)
     parser.add_argument("--epochs", type=int, help="passes over the training images (default: see SCHEDULES)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: see SCHEDULES)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: see SCHEDULES)")
@@ -165,9 +174,12 @@ def main():
     jobs = [(seed, features) for seed in range(args.seeds) for features in args.features]
     for seed, features in (bar := tqdm(jobs, desc=f"finetuning ({args.train})", unit="run")):
         bar.set_postfix_str(f"{features}, seed {seed}")
-        mappers = [load_mapper(run, features, d, seed, clip.device) for d in dataset.targets(args.source)] if features != "original" else []
+        targets = dataset.targets(args.source) if features != "original" else []
+        mappers = [load_mapper(run, features, domain, seed, clip.device) for domain in targets]
         made_of = {
-            "schedule": asdict(schedule), "weights": weights, "images": data.split(dataset, args.source, args.source, "train", seed),
+            "schedule": asdict(schedule),
+            "weights": weights,
+            "images": data.split(dataset, args.source, args.source, "train", seed),
             "mappers": data.digest(p for m in mappers for p in m.parameters()),
         }
         path = checkpoint_path(run, args.train, args.init, features, seed)

@@ -20,8 +20,8 @@ def local_adaptation(z, z_hat, text_source, text_target):
     With texts of the class in place of texts of the image, this is the global direction of LADS and StyleGAN-NADA.
     Source: LDFS, figures 2 and 3 (b).
     """
-    # The cosine of a zero-length shift (ẑ = z, say from a zero-initialised residual mapper) has no value. Norms count as
-    # at least eps, so it is 0 there; a larger eps than the usual 1e-8 keeps that point's gradient, 1/eps, bearable.
+    # The cosine of a zero-length shift (ẑ = z, say from a zero-initialised residual mapper) has no value. Norms count
+    # as at least eps, so it is 0 there; a larger eps than the usual 1e-8 keeps that point's gradient, 1/eps, bearable.
     return (1 - F.cosine_similarity(z_hat - z, text_target - text_source, dim=-1, eps=1e-4)).mean()
 
 

@@ -22,7 +22,7 @@ from losses import class_consistency, local_adaptation, pairwise_relation, stoch
 class Recipe:
     """What steers a mapper. LDFS minus its three parts (caption-wise direction, noise, pairwise term) is LADS."""
 
-    direction: str = "caption"  # text direction of each image's own caption, or of its class ("class": LADS's global Δt)
+    direction: str = "caption"  # whose text: each image's own caption, or "class", its class: LADS's global Δt
     sigma: float = 0.01         # CHOICE: σ of the stochastic text features; at d = 512, |Δt| = 0.7 it leaves cos 0.91
     pair: float = 1.0           # CHOICE: λ_pair
     form: str = "angle"         # L_pair on angles, as the paper says; "cosine" for the difference of cosines
@@ -37,12 +37,12 @@ def parse_recipe(text):
     name, _, changes = text.partition(":")
     kinds = {f.name: type(f.default) for f in fields(Recipe)}
     if name not in RECIPES:
-        fail(f"unknown recipe {text!r}. Known: {', '.join(RECIPES)}; vary one as in ldfs:sigma=0 ({', '.join(kinds)}).")
+        fail(f"unknown recipe {text!r}. Known: {', '.join(RECIPES)}; variations: ldfs:sigma=0 ({', '.join(kinds)}).")
     try:
         pairs = dict(change.split("=") for change in changes.split(",")) if changes else {}
         recipe = replace(RECIPES[name], **{key: kinds[key](value) for key, value in pairs.items()})
     except (KeyError, ValueError):
-        fail(f"recipe {text!r}: cannot read {changes!r}. Write name=value, with commas between; names: {', '.join(kinds)}.")
+        fail(f"recipe {text!r}: write name=value, with commas between; the names are {', '.join(kinds)}.")
     if recipe.direction not in ("caption", "class") or recipe.form not in ("angle", "cosine"):
         fail(f"recipe {text!r}: direction is caption or class, form is angle or cosine.")
     return recipe
@@ -63,7 +63,7 @@ class Mapper(nn.Module):
         return F.normalize(self.net(z), dim=-1)
 
 
-def train_mapper(z, labels, text_source, text_target, class_text, recipe, seed=0, steps=500, batch_size=256, lr=1e-3, weight_decay=0.05):
+def train_mapper(z, labels, text_source, text_target, class_text, recipe, seed=0, steps=500, batch_size=256):
     """Train one mapper; L_1 = L_ld + λ_pair L_pair + λ_cls L_cls.
 
     z: (N, d) features of the source's training images. labels: (N,). text_source, text_target: t_i^s and t_i^k, (N, d),
@@ -75,7 +75,7 @@ def train_mapper(z, labels, text_source, text_target, class_text, recipe, seed=0
         torch.manual_seed(seed)
         mapper = Mapper(z.shape[1]).to(z.device)
     generator = torch.Generator(z.device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(mapper.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(mapper.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         i = torch.randperm(len(z), generator=generator, device=z.device)[:batch_size]
@@ -138,11 +138,12 @@ def load_mapper(run, recipe_name, domain, seed, device="cpu"):
 
 def main():
     parser = data.arguments(__doc__)
-    parser.add_argument("--recipes", nargs="+", default=["lads", "ldfs"], help="lads, ldfs, or variations such as ldfs:sigma=0")
-    parser.add_argument("--steps", type=int, default=500, help="steps for each mapper")
+    parser.add_argument("--recipes", nargs="+", default=["lads", "ldfs"], help="also variations: ldfs:sigma=0")
+    parser.add_argument("--steps", type=int, default=500, help="steps for each mapper (default: 500)")
     args = parser.parse_args()
     recipes = {name: parse_recipe(name) for name in args.recipes}
     dataset, run = data.prepare(args)
+    targets = dataset.targets(args.source)
     clip = load_clip(args, dataset)
     row, z_all = cached_features(clip, dataset, args.source)
     everything = dataset.images[args.source]
@@ -151,30 +152,32 @@ def main():
     for domain in dataset.phrases:
         texts["class", domain] = encode_texts(clip, data.class_texts(dataset, domain))[labels_all]
         if any(r.direction == "caption" for r in recipes.values()):
-            texts["caption", domain] = encode_texts(clip, data.caption_texts(dataset, domain, [p for p, _ in everything]))
+            own = data.caption_texts(dataset, domain, [p for p, _ in everything])
+            texts["caption", domain] = encode_texts(clip, own)
     class_text = encode_texts(clip, data.class_texts(dataset, args.source))
-    weights = data.digest(clip.model.state_dict().values())
 
-    jobs = [(seed, domain, name) for seed in range(args.seeds) for domain in dataset.targets(args.source) for name in recipes]
+    jobs = [(seed, domain, name) for seed in range(args.seeds) for domain in targets for name in recipes]
+    seen = {}  # (recipe, target): statistics of every seed
     for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper")):
         bar.set_postfix_str(f"{name} -> {domain}, seed {seed}")
         i = torch.tensor([row[p] for p, _ in data.split(dataset, args.source, args.source, "train", seed)])
         text_source, text_target = (texts[recipes[name].direction, d][i] for d in (args.source, domain))
         tensors = [x.to(clip.device) for x in (z_all[i], labels_all[i], text_source, text_target, class_text)]
-        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "weights": weights, "data": data.digest(tensors)}
+        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "data": data.digest(tensors)}
         path = mapper_path(run, name, domain, seed)
-        if path.exists() and torch.load(path)["made_of"] == made_of:
-            continue
-        mapper, seen = train_mapper(*tensors, recipes[name], seed, args.steps)
-        data.write_atomically(path, lambda part: torch.save({"mapper": mapper.cpu().state_dict(), "made_of": made_of, "statistics": seen}, part))
-        rows = [{"method": name, "domain": domain, "split": "train", "metric": k, "value": v, "n": len(i), "seed": seed} for k, v in seen.items()]
-        data.append_results(run, args, rows)
+        state = torch.load(path) if path.exists() else None
+        if state is None or state["made_of"] != made_of:
+            mapper, numbers = train_mapper(*tensors, recipes[name], seed, args.steps)
+            state = {"mapper": mapper.cpu().state_dict(), "made_of": made_of, "statistics": numbers}
+            data.write_atomically(path, lambda part: torch.save(state, part))
+            rows = [(name, domain, "train", metric, value, len(i), seed) for metric, value in numbers.items()]
+            data.append_results(run, args, rows)
+        seen.setdefault((name, domain), []).append(state["statistics"])
 
-    print(f"{'recipe':24} {'target':14}" + "".join(f"{k:>9}" for k in ("|Δt|", "spread", "noise", "follows", "|Δz|", "angles")) + "   (mean over seeds)")
-    for name in recipes:
-        for domain in dataset.targets(args.source):
-            seen = [torch.load(mapper_path(run, name, domain, seed))["statistics"] for seed in range(args.seeds)]
-            print(f"{name:24} {domain:14}" + "".join(f"{sum(s[k] for s in seen) / len(seen):9.3f}" for k in seen[0]))
+    print(f"{'recipe':28}{'target':16}" + "".join(f"{metric:>9}" for metric in state["statistics"]) + "   (seeds' mean)")
+    for (name, domain), runs in seen.items():
+        means = [sum(numbers[metric] for numbers in runs) / len(runs) for metric in runs[0]]
+        print(f"{name:28}{domain:16}" + "".join(f"{mean:9.3f}" for mean in means))
 
 
 if __name__ == "__main__":

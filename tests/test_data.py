@@ -41,7 +41,8 @@ def test_what_is_trained_on_is_in_no_test_part_of_any_style(tiny_data):
 
 def test_words():
     assert data.words("Alarm_Clock") == "alarm clock"
-    assert [data.article(n) for n in ("dog", "elephant", "grapes", "glass of milk", "Santa Claus")] == ["a dog", "an elephant", "grapes", "a glass of milk", "Santa Claus"]
+    nouns = ["dog", "elephant", "grapes", "glass of milk", "Santa Claus"]
+    assert [data.article(n) for n in nouns] == ["a dog", "an elephant", "grapes", "a glass of milk", "Santa Claus"]
 
 
 def test_prompts_carry_each_images_own_caption(tiny_data):
@@ -67,12 +68,14 @@ def test_bad_data_is_refused_by_name(tiny_data, tiny_clip, capsys):
     assert "Known: pacs, tiny" in refusal(capsys, lambda: data.load("pcas", tiny_data))
     assert "photo, art_painting, cartoon, sketch" in refusal(capsys, lambda: data.load("pacs", tiny_data))
     assert "python emoji.py" in refusal(capsys, lambda: data.load("emoji", tiny_data))
-    assert "'foto'" in refusal(capsys, lambda: data.prepare(data.arguments("").parse_args(["tiny", "foto", "--data", str(tiny_data)])))
+    args = data.arguments("").parse_args(["tiny", "foto", "--data", str(tiny_data)])
+    assert "'foto'" in refusal(capsys, lambda: data.prepare(args))
     assert "no such file" in refusal(capsys, lambda: data.load("tiny", tiny_data, captions="nowhere.jsonl"))
     dataset = data.load("tiny", tiny_data)
 
     (tiny / "captions.jsonl").write_text('{"path": "photo/dog/3.png", "caption": "a dog"}\n')
-    assert "2 of 3 images, photo/cat/1.png" in refusal(capsys, lambda: data.caption_texts(dataset, "photo", ["photo/dog/3.png", "photo/cat/1.png", "photo/cat/2.png"]))
+    paths = ["photo/dog/3.png", "photo/cat/1.png", "photo/cat/2.png"]
+    assert "2 of 3 images, photo/cat/1.png" in refusal(capsys, lambda: data.caption_texts(dataset, "photo", paths))
     (tiny / "captions.jsonl").write_text('{"path": "photo/dog/3.png"}\n')
     assert "line 1" in refusal(capsys, lambda: data.caption_texts(dataset, "photo", ["photo/dog/3.png"]))
 
@@ -92,18 +95,19 @@ def test_bad_data_is_refused_by_name(tiny_data, tiny_clip, capsys):
 
 
 @pytest.mark.parametrize("name, remedy", [
-    ("ViT-B-61", "Alike: "), ("local-dir:nowhere", "nowhere/open_clip_config.json does not exist"),
+    ("ViT-B-61", "Nearest names: ViT-B-16"), ("local-dir:nowhere", "nowhere/open_clip_config.json does not exist"),
 ])
 def test_a_bad_model_is_refused_by_name(tiny_data, capsys, name, remedy):
     assert remedy in refusal(capsys, lambda: load_clip(name, data.load("tiny", tiny_data)))
 
 
 def test_published_counts_are_checked(tiny_data, capsys, monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "squares", {"phrases": {d: d for d in ("photo", "sketch")}, "counts": {"photo": 31, "sketch": 30}})
+    squares = {"phrases": {"photo": "a photo", "sketch": "a sketch"}, "counts": {"photo": 31, "sketch": 30}}
+    monkeypatch.setitem(data.DATASETS, "squares", squares)
     (tiny_data / "tiny" / "dataset.json").unlink()
     (tiny_data / "tiny").rename(tiny_data / "squares")
     data.load("squares", tiny_data)
-    assert capsys.readouterr().err.strip().endswith("holds 30 images, 31 are published")
+    assert capsys.readouterr().out.strip().endswith("holds 30 images, 31 are published")
 
 
 def test_features_are_unit_norm_in_order_and_of_each_text_its_own(tiny_data, tiny_clip):

@@ -18,12 +18,15 @@ def test_accuracies_and_their_means(tiny_data):
         return right if domain == "photo" else torch.eye(3)[[0] * len(items)]
 
     rows = evaluate.accuracies(dataset, "photo", 0, features_of, torch.eye(3), "m")
-    got = {(r["domain"], r["split"]): (round(r["value"], 4), r["n"]) for r in rows}
-    third = round(100 / 3, 4)
-    assert got == {
-        ("photo", "val"): (100, 3), ("photo", "test"): (100, 9), ("sketch", "test"): (third, 30), ("cartoon", "test"): (third, 30),
-        ("OOD mean", "test"): (third, 60), ("extended", "test"): (round((100 + 100 / 3) / 2, 4), 60),
-    }
+    third = pytest.approx(100 / 3)
+    assert rows == [
+        ("m", "photo", "val", "accuracy", 100, 3, 0),
+        ("m", "photo", "test", "accuracy", 100, 9, 0),
+        ("m", "sketch", "test", "accuracy", third, 30, 0),
+        ("m", "cartoon", "test", "accuracy", third, 30, 0),
+        ("m", "OOD mean", "test", "accuracy", third, 60, 0),
+        ("m", "extended", "test", "accuracy", pytest.approx((100 + 100 / 3) / 2), 60, 0),
+    ]
 
 
 def test_consistency_of_known_neighbours():
@@ -36,24 +39,29 @@ def test_consistency_of_known_neighbours():
 
 def write(run, *rows):
     run.mkdir()
-    base = {"dataset": "d", "source": "photo", "split": "test", "metric": "accuracy", "n": 9, "args": {"train": "head", "init": "text"}}
+    base = {"dataset": "d", "source": "photo", "split": "test", "metric": "accuracy", "n": 9}
+    base["args"] = {"train": "head", "init": "text"}
     (run / "results.jsonl").write_text("".join(json.dumps(base | r) + "\n" for r in rows))
 
 
 def test_table_means_deviations_and_raw_seeds(tmp_path):
     write(tmp_path / "run", *(
         {"method": "ldfs", "domain": domain, "seed": seed, "value": value}
-        for domain, values in {"photo": (90, 92), "sketch": (40, 50), "OOD mean": (40, 50)}.items() for seed, value in enumerate(values)
-    ), {"method": "lads", "domain": "photo", "seed": 0, "value": 1.0})
+        for domain, values in {"photo": (90, 92), "sketch": (40, 50), "OOD mean": (40, 50)}.items()
+        for seed, value in enumerate(values)
+    ), {"method": "lads", "domain": "photo", "seed": 0, "value": 1.0}, *(
+        {"method": "finetune", "domain": "OOD mean", "seed": seed, "value": value} for seed, value in enumerate((35, 47))
+    ))
     lines = evaluate.table(evaluate.read_results(tmp_path / "run")).splitlines()
-    assert lines[2] == "| method | ID (photo) | sketch | OOD mean | OOD mean, seed by seed |"
-    assert lines[4] == "| ldfs | 91.0 ± 1.4 | 45.0 ± 7.1 | 45.0 ± 7.1 | 40.0 50.0 |"
-    assert lines[5] == "| lads | 1.0 | not run | not run |  |"
+    assert lines[2] == "| method | ID (photo) | sketch | OOD mean | less finetune | less lads | OOD mean, seed by seed |"
+    assert lines[4] == "| ldfs | 91.0 ± 1.4 | 45.0 ± 7.1 | 45.0 ± 7.1 | 4.0 ± 1.4 |  | 40.0 50.0 |"
+    assert lines[5] == "| lads | 1.0 | not run | not run |  |  |  |"
 
 
 def test_of_a_stage_run_twice_the_last_result_counts(tmp_path):
     row = {"method": "ldfs", "domain": "photo", "seed": 0}
-    write(tmp_path / "run", row | {"value": 1}, row | {"value": 2}, row | {"value": 3, "args": {"train": "all", "init": "text"}})
+    other = {"args": {"train": "all", "init": "text"}}
+    write(tmp_path / "run", row | {"value": 1}, row | {"value": 2}, row | {"value": 3} | other)
     assert [r["value"] for r in evaluate.read_results(tmp_path / "run")] == [2, 3]
 
 

@@ -66,7 +66,7 @@ def test_ldfs_minus_its_three_parts_is_lads():
     assert parse_recipe("ldfs:direction=class,sigma=0,pair=0") == RECIPES["lads"]
 
 
-@pytest.mark.parametrize("text", ["lasd", "ldfs:sigma", "ldfs:sigma=x", "ldfs:alpha=1", "ldfs:direction=domain", "ldfs:form=cos"])
+@pytest.mark.parametrize("text", ["lasd", "ldfs:sigma", "ldfs:sigma=x", "ldfs:alpha=1", "ldfs:direction=k", "ldfs:form=cos"])
 def test_bad_recipes_are_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_recipe(text)

@@ -6,7 +6,8 @@ import pytest
 
 
 def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
-    options = ["--data", tiny_data, "--model", tiny_clip, "--seeds", 2, "--run", tmp_path / "run", "--epochs", 2, "--mapper-steps", 3]
+    options = ["--data", tiny_data, "--model", tiny_clip, "--seeds", 2, "--run", tmp_path / "run"]
+    options += ["--epochs", 2, "--mapper-steps", 3]
     done = script("run_ldfs.sh", "tiny", "photo", *options)
     assert "device: cpu, float32" in done.stdout
     table = (tmp_path / "run" / "table.md").read_text()
@@ -16,7 +17,8 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     row = next(r for r in rows if r["metric"] == "accuracy" and r["method"] == "ldfs")
-    assert row.keys() == {"method", "dataset", "source", "domain", "split", "metric", "value", "n", "seed", "args", "versions", "commit"}
+    columns = "method dataset source domain split metric value n seed args versions commit"
+    assert row.keys() == set(columns.split())
     accuracy = {(r["method"], r["domain"], r["split"], r["seed"]) for r in rows if r["metric"] == "accuracy"}
     assert len(accuracy) == 4 * 6 * 2  # methods x (val, ID, 2 OOD, their mean, extended) x seeds
 
@@ -25,7 +27,8 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
     script("run_ldfs.sh", "tiny", "photo", *options)
     assert files == {p: p.stat().st_mtime_ns for p in files}  # nothing is trained twice
 
-    script("run_ldfs.sh", "tiny", "photo", *options[:-2], "--train", "visual", "--features", "original", "ldfs:sigma=0", "--init", "scratch", "--mapper-steps", 3)
+    other = ["--train", "visual", "--init", "scratch", "--features", "original", "ldfs:sigma=0"]
+    script("run_ldfs.sh", "tiny", "photo", *options, *other)
     assert "--train visual --init scratch" in (tmp_path / "run" / "table.md").read_text()
 
 
