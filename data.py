@@ -5,7 +5,8 @@ A data set is known by name: one of DATASETS below, or any folder that brings it
     {"phrases": {"3d": "a 3d render", "sketch": "a sketch"},   what the pictures of each domain folder are called
      "fractions": {"train": 0.5, "val": 0.1, "test": 0.4},     optional: how the source domain is split
      "same_stem_same_thing": true,                             optional: files of one name show one thing, in any domain
-     "model": "local-dir:emoji_clip"}                          optional: the CLIP to use unless --model says otherwise
+     "model": "local-dir:emoji_clip",                          optional: the CLIP to use unless --model says otherwise
+     "schedules": {"visual": {"lr": 0.0003}}}                  optional: what differs from finetune.py's SCHEDULES
 """
 
 import argparse
@@ -52,6 +53,7 @@ class Dataset:
     fractions: dict
     same_stem_same_thing: bool
     model: str | None
+    schedules: dict
     captions: Path | None
 
     def targets(self, source):
@@ -113,7 +115,7 @@ def load(name, root="data", captions=None):
         fail(f'--captions {captions}: no such file. Each line of it is {{"path": "photo/dog/1.jpg", "caption": "…"}}.')
     return Dataset(
         name, folder, about["phrases"], classes, images, about.get("fractions", FRACTIONS),
-        about.get("same_stem_same_thing", False), about.get("model"), captions and Path(captions),
+        about.get("same_stem_same_thing", False), about.get("model"), about.get("schedules", {}), captions and Path(captions),
     )
 
 

@@ -71,6 +71,35 @@ STYLES = {
     "game-icons": ["a black and white stencil of {}", "a stencil of {}", "a black silhouette of {}", "{}, cut as a stencil"],
 }
 
+# What people call the things of an emojibase subgroup, for captions of the pool.
+KINDS = {
+    "face-smiling": ["happy face", "smiling face"], "face-affection": ["happy face", "loving face"], "face-tongue": ["silly face"],
+    "face-neutral-skeptical": ["neutral face"], "face-sleepy": ["tired face"], "face-unwell": ["sick face"],
+    "face-concerned": ["worried face", "sad face"], "face-negative": ["angry face"], "face-costume": ["monster"],
+    "cat-face": ["cat"], "monkey-face": ["monkey"], "heart": ["heart"], "hand-fingers-open": ["hand", "hand gesture"],
+    "hand-fingers-partial": ["hand", "hand gesture"], "hand-single-finger": ["hand", "pointing hand"],
+    "hand-fingers-closed": ["hand", "fist"], "hands": ["hands"], "hand-prop": ["hand"], "body-parts": ["part of the body"],
+    "person": ["person"], "person-gesture": ["person"], "person-role": ["worker", "person at work"],
+    "person-fantasy": ["fantasy character"], "person-activity": ["person"], "person-sport": ["athlete", "person doing sports"],
+    "family": ["family", "couple"], "animal-mammal": ["animal", "mammal"], "animal-bird": ["bird"],
+    "animal-amphibian": ["frog"], "animal-reptile": ["reptile"], "animal-marine": ["sea animal", "fish"],
+    "animal-bug": ["insect", "bug"], "plant-flower": ["flower"], "plant-other": ["plant"], "food-fruit": ["fruit"],
+    "food-vegetable": ["vegetable"], "food-prepared": ["food", "meal"], "food-asian": ["food", "asian meal"],
+    "food-sweet": ["dessert", "something sweet"], "drink": ["drink"], "dishware": ["tableware"], "place-map": ["map"],
+    "place-geographic": ["landscape"], "place-building": ["building"], "place-religious": ["building", "place of worship"],
+    "place-other": ["scenery"], "transport-ground": ["vehicle"], "transport-water": ["boat"], "transport-air": ["aircraft"],
+    "time": ["clock"], "sky-weather": ["weather", "sky"], "event": ["celebration"], "award-medal": ["medal"],
+    "sport": ["sports gear"], "game": ["toy", "game"], "clothing": ["clothing", "something to wear"], "sound": ["sound"],
+    "music": ["music"], "musical-instrument": ["musical instrument"], "phone": ["phone", "device"],
+    "computer": ["computer", "device"], "light-video": ["camera", "light"], "book-paper": ["book", "paper"],
+    "money": ["money"], "mail": ["mail"], "writing": ["writing tool"], "office": ["office supply"], "lock": ["lock or key"],
+    "tool": ["tool"], "science": ["scientific instrument"], "medical": ["medical supply"], "household": ["household item"],
+    "transport-sign": ["public sign"], "warning": ["warning sign"], "arrow": ["arrow"], "religion": ["religious symbol"],
+    "zodiac": ["zodiac sign"], "av-symbol": ["music player button"], "math": ["sign of arithmetic"],
+    "punctuation": ["punctuation mark"], "keycap": ["number key"], "alphanum": ["lettered button"], "geometric": ["shape"],
+    "flag": ["flag"], "country-flag": ["flag", "flag of a country"],
+}
+
 # The classes: an everyday name, and which emoji it takes: emojibase subgroups, each with an optional pattern that
 # the label must match. CHOICE: coherent groups of things rather than single emoji, since a class needs several
 # images that are not the same drawing; 1,600 emoji give no finer ones.
@@ -271,10 +300,14 @@ def caption(word, rng):
 
 
 def pool_caption(about, rng):
-    """A caption of a pool drawing: its style, what it shows, and three times in ten what kind of thing that is."""
-    content = caption(about, rng)
-    if about["subgroup"] and rng.random() < 0.3:  # "food-sweet" -> "sweet food"
-        content += ", " + " ".join(reversed(about["subgroup"].split("-", 1))).replace("-", " ")
+    """A caption of a pool drawing: its style, and what it shows; half the time in the words of KINDS, as people do.
+
+    "a cartoon of a doughnut, breakfast" · "a cartoon of a doughnut, a dessert" · "a cartoon of a dessert"
+    """
+    content, kinds, chance = caption(about, rng), KINDS.get(about["subgroup"]), rng.random()
+    if kinds and chance < 0.5:
+        kind = article(rng.choice(kinds))
+        content = kind if chance < 0.25 else f"{article(about['label'])}, {kind}"
     return rng.choice(STYLES[about["set"]]).format(content)
 
 
@@ -544,7 +577,7 @@ def pretrain(root, out, epochs, text_steps, seed=0):
     groups = [
         {"params": [p for n, p in late.named_parameters() if not n.startswith("4.")], "lr": 1e-3},
         {"params": list(model.visual.head.parameters()), "lr": 2e-3},
-        {"params": [p for n, p in model.named_parameters() if not n.startswith("visual.")], "lr": 3e-4},
+        {"params": [p for n, p in model.named_parameters() if not n.startswith("visual.")], "lr": 2e-4},
     ]
     steps = epochs * (len(images) // 512)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
@@ -588,7 +621,7 @@ def main():
     parser.add_argument("stage", nargs="?", default="benchmark", choices=["benchmark", "pool", "pretrain"])
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds data sets (default: data)")
     parser.add_argument("--out", type=Path, default=Path("emoji_clip"), help="pretrain: folder of the model (default: emoji_clip)")
-    parser.add_argument("--epochs", type=int, default=24, help="pretrain: passes over the pool")
+    parser.add_argument("--epochs", type=int, default=12, help="pretrain: passes over the pool")
     parser.add_argument("--text-steps", type=int, default=2000, help="pretrain: steps of 256 captions for the text tower")
     args = parser.parse_args()
     args.data.mkdir(parents=True, exist_ok=True)

@@ -165,8 +165,8 @@ def main():
         if features != "original":
             parse_recipe(features)
     dataset, run = data.prepare(args)
-    changes = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
-    schedule = replace(SCHEDULES[args.train], **changes)
+    flags = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
+    schedule = replace(SCHEDULES[args.train], **{**dataset.schedules.get(args.train, {}), **flags})
     clip = load_clip(args, dataset)
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
     weights = data.digest(original.values())

@@ -1,6 +1,7 @@
 """finetune.py: what is trained and what is not, schedules, killing and resuming, and that it learns."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -127,6 +128,15 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[99] < 0.001
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_data_set_may_bring_its_schedule_and_flags_come_first(tiny_data, tiny_clip, tmp_path, script):
+    about = tiny_data / "tiny" / "dataset.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"schedules": {"head": {"lr": 0.5, "epochs": 2}}}))
+    common = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--run", tmp_path / "run", "--seeds", 1]
+    script("finetune.py", *common, "--features", "original", "--lr", 0.25)
+    made_of = torch.load(tmp_path / "run" / "checkpoints" / "head-text-original-seed0.pt")["made_of"]
+    assert (made_of["schedule"]["lr"], made_of["schedule"]["epochs"], made_of["schedule"]["batch_size"]) == (0.25, 2, 256)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(clip, tmp_path):
