@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 from data import fail
 from features import cached_features, encode_images, encode_texts, load_clip
-from finetune import add_what, checkpoint_path
+from finetune import INITS, add_what, checkpoint_path
 from mapper import load_mapper
 
 
@@ -237,7 +237,9 @@ def main():
     parser = data.arguments(__doc__)
     parser.prog = f"evaluate.py {sys.argv[1]}"
     add_what(parser)
-    stages[sys.argv[1]](parser.parse_args(sys.argv[2:]))
+    args = parser.parse_args(sys.argv[2:])
+    args.init = args.init or INITS[args.train]
+    stages[sys.argv[1]](args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -42,6 +41,11 @@ SCHEDULES = {
 }
 
 
+# CHOICE: a linear probe starts at random, as a probe usually does and LADS's did; a whole tower with the text's head, as
+# WiSE-FT's and FLYP's baselines do, for gradients from a random head would spoil it. Alternative: --init.
+INITS = {"head": "scratch", "visual": "text", "all": "text"}
+
+
 class Head(nn.Module):
     """Linear classifier on unit-norm features: z (B, d) -> z Wᵀ (B, C), to be multiplied by the logit scale."""
 
@@ -61,14 +65,18 @@ def lr_at(step, steps, schedule):
     return schedule.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def step_loss(z, labels, class_weight, logit_scale, mappers):
-    """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y),  ẑ^k = M_k(z), with the frozen mappers of all target domains.
+def with_synthesised(z, mappers):
+    """[z, ẑ^1 … ẑ^K], each (B, d): features of original images, and what the frozen mappers make of them, ẑ^k = M_k(z)."""
+    return [z, *(mapper(z) for mapper in mappers)]
 
-    z: (B, d) unit-norm features of original images; class_weight: (C, d). Without mappers it is plain finetuning.
-    Source: LDFS, figure 2, step 2. Where the encoder is trained, M_k takes the current z and passes its gradient on.
-    CHOICE: every domain weighs as much as the original; alternative: the mean over domains.
+
+def step_loss(features, labels, class_weight, logit_scale):
+    """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's cross-entropy on original and synthesised features.
+
+    features: [z, ẑ^1 … ẑ^K], each (B, d) unit norm; [z] alone is plain finetuning. class_weight: (C, d).
+    Source: LDFS, figure 2, step 2. CHOICE: every domain weighs as much as the original; alternative: their mean.
     """
-    return sum(class_consistency(x, class_weight, labels, logit_scale) for x in [z, *(m(z) for m in mappers)])
+    return sum(class_consistency(x, class_weight, labels, logit_scale) for x in features)
 
 
 def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkpoint, made_of):
@@ -92,6 +100,7 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
     if train == "head":
         row, z_all = cached_features(clip, dataset, source)
         z_all = z_all[[row[p] for p, _ in items]].to(clip.device)
+        features_all = torch.stack(with_synthesised(z_all, mappers), dim=1)  # (N, 1 + K, d), made once: nothing moves
     else:
         tokens = clip.tokenizer(prompts).to(clip.device)
 
@@ -113,7 +122,7 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         if train == "head":
             order = torch.randperm(len(items), generator=generator).split(schedule.batch_size)
-            batches = ((z_all[i], labels_all[i]) for i in order)
+            batches = ((features_all[i].unbind(1), labels_all[i]) for i in order)
         else:
             batches = image_batches(dataset.folder, items, clip.augment, schedule.batch_size, clip.device, generator)
         for i, (x, labels) in enumerate(batches):
@@ -121,11 +130,12 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, schedule)
             with autocast(clip.device):
-                z = x if train == "head" else F.normalize(model.encode_image(x), dim=-1)
-                weight = F.normalize(model.encode_text(tokens), dim=-1) if train == "all" else head.weight
+                # where the tower is trained, M_k takes the current z, and passes its gradient on
+                features = x if train == "head" else with_synthesised(model.encode_image(x, normalize=True), mappers)
+                weight = model.encode_text(tokens, normalize=True) if train == "all" else head.weight
                 if train == "all":
                     scale = model.logit_scale.exp()
-                loss = step_loss(z, labels, weight, scale, mappers)
+                loss = step_loss(features, labels, weight, scale)
             if not loss.isfinite():
                 raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}; try a lower --lr")
             optimizer.zero_grad()
@@ -150,7 +160,7 @@ def add_what(parser):
     """The arguments that name checkpoints, for finetune.py and evaluate.py."""
     add = parser.add_argument
     add("--train", choices=SCHEDULES, default="head", help="linear head, image tower and head, or both towers")
-    add("--init", choices=["text", "scratch"], default="text", help="the head starts as the class prompts, or random")
+    add("--init", choices=["text", "scratch"], help="the head starts as the class prompts, or random (default: see INITS)")
     add("--features", nargs="+", default=["original", "lads", "ldfs"], help="recipes of mapper.py to add, or original")
 
 
@@ -165,6 +175,7 @@ def main():
         if features != "original":
             parse_recipe(features)
     dataset, run = data.prepare(args)
+    init = args.init or INITS[args.train]
     flags = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
     schedule = replace(SCHEDULES[args.train], **{**dataset.schedules.get(args.train, {}), **flags})
     clip = load_clip(args, dataset)
@@ -182,9 +193,9 @@ def main():
             "images": data.split(dataset, args.source, args.source, "train", seed),
             "mappers": data.digest(p for m in mappers for p in m.parameters()),
         }
-        path = checkpoint_path(run, args.train, args.init, features, seed)
+        path = checkpoint_path(run, args.train, init, features, seed)
         clip.model.load_state_dict(original)
-        finetune(clip, dataset, args.source, seed, args.train, mappers, schedule, args.init, path, made_of)
+        finetune(clip, dataset, args.source, seed, args.train, mappers, schedule, init, path, made_of)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ bash run_ldfs.sh DATASET SOURCE [options]        e.g. bash run_ldfs.sh emoji 3d;
 
   --seeds N        seeds 0 … N-1 (default 5); one is enough for a quick look
   --train WHAT     head (linear probe on cached features, default), visual (image tower), all (both towers)
-  --init HOW       the head starts from: text (default), scratch
+  --init HOW       the head starts from: text, scratch (default: scratch for head, text for the others)
   --features F …   what to feed: original lads ldfs (default), or variations such as ldfs:sigma=0
   --ablate         LDFS also without each of its parts, and with other sigmas
   --data DIR       folder that holds the data set's folder (default data)
