@@ -242,8 +242,9 @@ def read_drawings(name, words, downloads):
     """
     tar = tarfile.open(fetch(SOURCES[name], downloads))
     if name == "fluent-3d":
-        files = {code(Path(m.name).stem): m for m in tar.getmembers() if m.name.endswith(".webp")}
-        return {key: (lambda m=m: on_white(tar.extractfile(m).read())) for key, m in files.items() if key in words}
+        # all read at once, in their order: to seek in a gzipped tar is to unpack it from its start
+        files = {code(Path(m.name).stem): tar.extractfile(m).read() for m in tar if m.name.endswith(".webp")}
+        return {key: (lambda data=data: on_white(data)) for key, data in files.items() if key in words}
 
     icons = json.load(tar.extractfile("package/icons.json"))
     chars = json.load(tar.extractfile("package/chars.json")) if "package/chars.json" in tar.getnames() else {}
@@ -324,10 +325,11 @@ def write_folder(root, name, classes, words, drawings):
             for domain in DOMAINS:
                 path = Path(domain, label, f"{c}.png")
                 (scratch / path).parent.mkdir(parents=True, exist_ok=True)
-                drawings[domain][c]().save(scratch / path)
+                drawings[domain][c]().save(scratch / path, compress_level=1)
                 captions.append({"path": str(path), "caption": caption(words[c], random.Random(c))})
         (Path(scratch) / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
-        about = {"name": name, "phrases": PHRASES, "fractions": FRACTIONS, "same_stem_same_thing": True, "model": "local-dir:emoji_clip"}
+        about = {"phrases": PHRASES, "fractions": FRACTIONS, "same_stem_same_thing": True}
+        about |= {"model": "local-dir:emoji_clip", "schedules": {"visual": {"lr": 1e-4}, "all": {"lr": 1e-4}}}
         (Path(scratch) / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.chmod(scratch, 0o755)

@@ -2,7 +2,8 @@
 
     python evaluate.py run pacs photo         # accuracies of every checkpoint of the run, added to its results.jsonl
     python evaluate.py figure4 pacs photo     # nearest real images of synthesised features: measures and a picture
-    python evaluate.py table runs/pacs-photo  # the table, from the rows of results.jsonl alone
+    python evaluate.py all pacs photo         # both
+    python evaluate.py table runs/pacs-photo  # the tables, from the rows of results.jsonl alone; the others end with it
 
 ID is accuracy on held-out images of the source, OOD on each unseen domain; OOD mean is their mean over domains, and
 extended the mean of ID and OOD mean (LADS's measure). Accuracy is top-1, over images, in per cent.
@@ -21,6 +22,8 @@ from data import fail
 from features import cached_features, encode_images, encode_texts, load_clip
 from finetune import INITS, add_what, checkpoint_path
 from mapper import load_mapper
+
+METRICS = ("domain consistency", "class consistency", "unique neighbours", "accuracy")
 
 
 def accuracy(z, labels, class_weight):
@@ -48,16 +51,12 @@ def accuracies(dataset, source, seed, features_of, class_weight, method):
     return rows
 
 
-def evaluate_run(args):
-    """Append the accuracies of zero-shot CLIP and of every checkpoint that --train, --init and --features name."""
-    dataset, run = data.prepare(args)
-    clip = load_clip(args, dataset)
-    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
-    cache = {domain: cached_features(clip, dataset, domain) for domain in dataset.phrases}
+def evaluate_run(args, dataset, run, clip, cached):
+    """Append the accuracies of zero-shot CLIP and of every checkpoint that --train, --init and --features name.
 
-    def cached(domain, items):
-        row, z = cache[domain]
-        return z[[row[p] for p, _ in items]]
+    cached(domain, items) gives the original model's features of a list of (path, label).
+    """
+    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
 
     def encoded(domain, items):
         return encode_images(clip, dataset.folder, items, label=domain)
@@ -107,19 +106,15 @@ def consistency(z_hat, labels, target, source):
     }
 
 
-def figure4(args):
-    """Append the measures above for each recipe, print them, and draw the picture for seed 0."""
+def figure4(args, dataset, run, cached):
+    """Append the measures above for each recipe, and draw the picture for seed 0."""
     recipes = [f for f in args.features if f != "original"]
-    dataset, run = data.prepare(args)
-    clip = load_clip(args, dataset)
-    cache = {domain: cached_features(clip, dataset, domain) for domain in dataset.phrases}
     picture = {}
     for seed in range(args.seeds):
         real = {}
         for domain in dataset.phrases:
             items = data.split(dataset, args.source, domain, "test", seed)
-            row, z = cache[domain]
-            real[domain] = z[[row[p] for p, _ in items]], torch.tensor([y for _, y in items]), [p for p, _ in items]
+            real[domain] = cached(domain, items), torch.tensor([y for _, y in items]), [p for p, _ in items]
         z, labels, paths = real[args.source]
         rows = []
         for domain in dataset.targets(args.source):
@@ -133,7 +128,6 @@ def figure4(args):
         data.append_results(run, args, rows)
         if seed == 0:
             draw_figure4(dataset, run / "figure4.png", list(zip(paths, labels.tolist())), picture)
-    print(table(read_results(run), ["domain consistency", "class consistency", "unique neighbours"]))
 
 
 def draw_figure4(dataset, path, sources, picture, columns=10):
@@ -181,7 +175,7 @@ def read_results(run):
     return list(last.values())
 
 
-def table(rows, metrics=("accuracy",)):
+def table(rows, metrics=METRICS):
     """Markdown: a block for each thing trained, a line for each method, mean ± standard deviation over the seeds.
 
     "less finetune" is the OOD mean less that of plain finetuning, seed by seed: the split is the same, so this is the
@@ -229,17 +223,30 @@ def mean_and_deviation(values):
 
 
 def main():
-    stages = {"run": evaluate_run, "figure4": figure4}
     if len(sys.argv) > 2 and sys.argv[1] == "table":
         return print("\n".join(table(read_results(run)) for run in sys.argv[2:]))
-    if len(sys.argv) < 2 or sys.argv[1] not in stages:
-        fail(f"say what to do: python evaluate.py {'|'.join(stages)} DATASET SOURCE, or python evaluate.py table runs/…")
+    if len(sys.argv) < 2 or sys.argv[1] not in ("run", "figure4", "all"):
+        fail("say what to do: python evaluate.py run|figure4|all DATASET SOURCE, or python evaluate.py table runs/…")
     parser = data.arguments(__doc__)
     parser.prog = f"evaluate.py {sys.argv[1]}"
     add_what(parser)
     args = parser.parse_args(sys.argv[2:])
     args.init = args.init or INITS[args.train]
-    stages[sys.argv[1]](args)
+    dataset, run = data.prepare(args)
+    clip = load_clip(args, dataset)
+    cache = {domain: cached_features(clip, dataset, domain) for domain in dataset.phrases}
+
+    def cached(domain, items):
+        row, z = cache[domain]
+        return z[[row[p] for p, _ in items]]
+
+    if sys.argv[1] != "figure4":
+        evaluate_run(args, dataset, run, clip, cached)
+    if sys.argv[1] != "run":
+        figure4(args, dataset, run, cached)
+    tables = table(read_results(run))
+    data.write_atomically(run / "table.md", lambda part: part.write_text(tables))
+    print(tables)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,5 @@ what=("$dataset" "$source" --data "$data" --run "$run" "${common[@]}")
 
 [ ${#recipes[@]} -eq 0 ] || python3 mapper.py "${what[@]}" --recipes "${recipes[@]}" "${steps[@]}"
 python3 finetune.py "${what[@]}" "${train[@]}" "${tune[@]}" --features "${features[@]}"
-python3 evaluate.py run "${what[@]}" "${train[@]}" --features "${features[@]}"
-python3 evaluate.py figure4 "${what[@]}" --features "${features[@]}"
-python3 evaluate.py table "$run" | tee "$run/table.md"
+python3 evaluate.py all "${what[@]}" "${train[@]}" --features "${features[@]}"
 echo "wrote $run/results.jsonl, $run/table.md, $run/figure4.png"
