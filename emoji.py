@@ -329,7 +329,7 @@ def write_folder(root, name, classes, words, drawings):
                 captions.append({"path": str(path), "caption": caption(words[c], random.Random(c))})
         (Path(scratch) / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
         about = {"phrases": PHRASES, "fractions": FRACTIONS, "same_stem_same_thing": True}
-        about |= {"model": "local-dir:emoji_clip", "schedules": {"visual": {"lr": 1e-4}, "all": {"lr": 1e-4}}}
+        about |= {"model": "local-dir:emoji_clip", "schedules": {"visual": {"lr": 3e-4}, "all": {"lr": 3e-4}}}
         (Path(scratch) / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.chmod(scratch, 0o755)
