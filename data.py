@@ -167,14 +167,18 @@ def article(noun):
 
 
 def class_texts(dataset, domain):
-    """One prompt a class in the words of `domain`: "a sketch of a dog". C strings, in the order of `classes`."""
+    """One prompt a class in the words of `domain`: "a sketch of a dog". C strings, in the order of `classes`.
+
+    CHOICE: one prompt, with the right article, and the source's phrase wherever a head is made, since a model in use does
+    not know what domain it will meet; alternative: an ensemble of templates such as OpenAI's 80 for ImageNet.
+    """
     return [f"{dataset.phrases[domain]} of {article(words(c))}" for c in dataset.classes]
 
 
 def caption_texts(dataset, domain, paths):
     """P_k(c_i): each image's own caption in the words of `domain`: "a sketch of a Weimaraner". One string a path.
 
-    CHOICE: a caption that itself starts "a photo of" loses those words, or the prompt would say both.
+    CHOICE: a caption that itself starts "a photo of" loses those words, or the prompt would say both; alternative: keep.
     Exits with status 2 when there are no captions, or an image has none.
     """
     if dataset.captions is None:

@@ -2,7 +2,7 @@
 
     python emoji.py            # data/emoji, data/emoji_unseen: image folders {domain}/{class}/{code point}.png
     python emoji.py pool       # data/emoji_pool: image-text pairs of everything else, as webdataset shards
-    python emoji.py pretrain   # emoji_clip/: the mini CLIP, trained on that pool alone (an hour on two cores)
+    python emoji.py pretrain   # emoji_clip/: the mini CLIP, trained on that pool (half an hour on two cores)
 
 Images come from openly licensed emoji sets of the npm registry (SOURCES below; licences in the README), the words
 from emojibase. Packages are pinned by version and by integrity hash. This is the only file that knows about emoji:
@@ -11,6 +11,7 @@ everything else in the repository reads the image folders and the `dataset.json`
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -101,8 +102,8 @@ KINDS = {
 }
 
 # The classes: an everyday name, and which emoji it takes: emojibase subgroups, each with an optional pattern that
-# the label must match. CHOICE: coherent groups of things rather than single emoji, since a class needs several
-# images that are not the same drawing; 1,600 emoji give no finer ones.
+# the label must match. CHOICE: coherent groups of things, since a class needs several images that are not one drawing;
+# alternative: single emoji, of which each domain has one drawing.
 SEEN = {
     "smiling face": ["face-smiling", "face-affection", "face-tongue"],
     "sad face": ["face-concerned:(?!.*(flushed|hushed|astonished|open mouth|yawning))"],
@@ -312,30 +313,33 @@ def pool_caption(about, rng):
     return rng.choice(STYLES[about["set"]]).format(content)
 
 
+@contextlib.contextmanager
+def whole_or_not_at_all(final):
+    """A folder to write into, which takes the place `final` at the end; what a killed run left of one is removed."""
+    scratch = final.with_name(f".{final.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    os.rename(scratch, final)
+
+
 def write_folder(root, name, classes, words, drawings):
-    """Write one image folder {domain}/{class}/{code}.png with captions.jsonl and dataset.json; whole or not at all."""
-    final = root / name
-    if (final / "dataset.json").exists():
-        return print(f"emoji.py: {final} is there")
+    """Write one image folder {domain}/{class}/{code}.png with captions.jsonl and dataset.json."""
     shared = set.intersection(*map(set, drawings.values()))  # the same things in every domain
     chosen = [(label.replace(" ", "_"), c) for label, rules in classes.items() for c in members(rules, words) if c in shared]
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        captions = []
+    captions = []
+    with whole_or_not_at_all(root / name) as scratch:
         for label, c in tqdm(chosen, desc=f"drawing {name}", unit="emoji"):
             for domain in DOMAINS:
                 path = Path(domain, label, f"{c}.png")
                 (scratch / path).parent.mkdir(parents=True, exist_ok=True)
                 drawings[domain][c]().save(scratch / path, compress_level=1)
-                captions.append({"path": str(path), "caption": caption(words[c], random.Random(c))})
-        (Path(scratch) / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+                captions.append({"path": path.as_posix(), "caption": caption(words[c], random.Random(c))})
+        (scratch / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
         about = {"phrases": PHRASES, "fractions": FRACTIONS, "same_stem_same_thing": True}
         about |= {"model": "local-dir:emoji_clip", "schedules": {"visual": {"lr": 3e-4}, "all": {"lr": 3e-4}}}
-        (Path(scratch) / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.chmod(scratch, 0o755)
-        os.rename(scratch, final)
-        os.mkdir(scratch)  # for TemporaryDirectory to remove
-    print(f"emoji.py: wrote {final}: {len(chosen)} emoji in {len(classes)} classes, in {len(DOMAINS)} domains")
+        (scratch / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(f"emoji.py: wrote {root / name}: {len(chosen)} emoji in {len(classes)} classes, in {len(DOMAINS)} domains")
 
 
 def pool_pairs(words, downloads):
@@ -366,27 +370,23 @@ def difference(a, b):
 
 
 def write_pool(root):
-    """Write data/emoji_pool/{00000…}.tar in CC3M's webdataset layout (key.png, key.txt, key.json); whole or not at all."""
+    """Write data/emoji_pool/{00000…}.tar in CC3M's webdataset layout (key.png, key.txt, key.json)."""
     final, downloads = root / "emoji_pool", root / ".downloads"
     if final.exists():
-        return print(f"emoji.py: {final} is there")
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        pairs = list(pool_pairs(read_words(downloads), downloads))
-        random.Random(0).shuffle(pairs)  # so that each shard holds every artist
+        return
+    pairs = list(pool_pairs(read_words(downloads), downloads))
+    random.Random(0).shuffle(pairs)  # so that each shard holds every artist
+    with whole_or_not_at_all(final) as scratch:
         for start in range(0, len(pairs), 2000):
-            with tarfile.open(Path(scratch) / f"{start // 2000:05d}.tar", "w") as tar:
+            with tarfile.open(scratch / f"{start // 2000:05d}.tar", "w") as tar:
                 for name, key, word, image in pairs[start:start + 2000]:
-                    png, rng = io.BytesIO(), random.Random(f"{name} {key}")
+                    png, about = io.BytesIO(), {**word, "set": name, "key": key}
                     image.save(png, "png")
-                    about = {**word, "set": name, "key": key}
-                    text = pool_caption(about, rng)
+                    text = pool_caption(about, random.Random(f"{name} {key}"))
                     for ending, data in ("png", png.getvalue()), ("txt", text.encode()), ("json", json.dumps(about).encode()):
-                        info = tarfile.TarInfo(f"{name}.{key}".replace(".", "_") + "." + ending)
+                        info = tarfile.TarInfo(f"{name}-{key}.{ending}".lower())
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
-        os.chmod(scratch, 0o755)
-        os.rename(scratch, final)
-        os.mkdir(scratch)
     print(f"emoji.py: wrote {final}: {len(pairs)} image-text pairs")
 
 
@@ -415,8 +415,6 @@ CONFIG = {
     },
     "preprocess_cfg": {"mean": [0.498, 0.498, 0.498], "std": [0.502, 0.502, 0.502], "interpolation": "bicubic", "resize_mode": "shortest"},
 }
-
-
 VIEWS = 6  # augmented views of each pool image
 
 

@@ -95,7 +95,8 @@ def consistency(z_hat, labels, target, source):
     z_hat: (B, d), labels: (B,). target, source: (z (N, d), labels (N,)) of real images of the two domains.
     Domain: per cent whose nearest real image of either domain is of the target's. Class: per cent whose nearest image of
     the target domain has their class. Unique: how many different images those are, in per cent of B.
-    Source: LADS; CHOICE: held-out source images, and real images of these two domains alone.
+    Source: LADS. CHOICE: held-out source images, and real test images of these two domains alone, so that nothing a mapper
+    was trained on is judged; alternative: training images, and the real images of all domains.
     """
     nearest = neighbours(z_hat, target[0])
     both = neighbours(z_hat, torch.cat([target[0], source[0]]))

@@ -82,8 +82,8 @@ def load_clip(args, dataset):
         )
     autocast(device, announce=True)
     # Frozen until finetune.py says otherwise: PyTorch's attention rounds differently where a weight wants a gradient.
-    # Eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a few
-    # hundred images of one domain would overwrite its statistics. CHOICE: alternative, train mode.
+    # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a
+    # few hundred images of one domain would overwrite its statistics; alternative: train mode.
     return Clip(model.eval().requires_grad_(False), preprocess, augment, tokenizer, device, name)
 
 

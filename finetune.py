@@ -32,8 +32,8 @@ class Schedule:
     warmup: float = 0.1        # share of all steps
 
 
-# CHOICE: the papers' schedules could not be had. head: enough steps for a linear layer to converge. visual, all: the
-# papers' usual 10 epochs; lr 1e-5 is the field's for OpenAI's ViTs (FLYP), `--lr` for smaller nets.
+# CHOICE: LDFS's schedules could not be had. head: 200 epochs, as LADS. visual, all: the 10 epochs and lr 1e-5 that FLYP
+# uses with OpenAI's ViT-B/16, at a smaller batch; alternative: --epochs, --batch-size, --lr, chosen on the "val" part.
 SCHEDULES = {
     "head": Schedule(epochs=200, batch_size=256, lr=1e-3),
     "visual": Schedule(epochs=10, batch_size=64, lr=1e-5),
@@ -41,8 +41,8 @@ SCHEDULES = {
 }
 
 
-# CHOICE: a linear probe starts at random, as a probe usually does and LADS's did; a whole tower with the text's head, as
-# WiSE-FT's and FLYP's baselines do, for gradients from a random head would spoil it. Alternative: --init.
+# CHOICE: a linear probe starts at random, as probes do; a whole tower with the text's head, as in WiSE-FT's baseline, for
+# the gradients of a random head would spoil it; alternative: --init.
 INITS = {"head": "scratch", "visual": "text", "all": "text"}
 
 
@@ -74,7 +74,8 @@ def step_loss(features, labels, class_weight, logit_scale):
     """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's cross-entropy on original and synthesised features.
 
     features: [z, ẑ^1 … ẑ^K], each (B, d) unit norm; [z] alone is plain finetuning. class_weight: (C, d).
-    Source: LDFS, figure 2, step 2. CHOICE: every domain weighs as much as the original; alternative: their mean.
+    Source: LDFS, figure 2, step 2.
+    CHOICE: every domain weighs as much as the original, as in LADS's union of features; alternative: the mean over domains.
     """
     return sum(class_consistency(x, class_weight, labels, logit_scale) for x in features)
 
@@ -130,7 +131,8 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, schedule)
             with autocast(clip.device):
-                # where the tower is trained, M_k takes the current z, and passes its gradient on
+                # CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so that ẑ stays
+                # a synthesis of this z; alternative: ẑ of the original z, which the tower then leaves behind.
                 features = x if train == "head" else with_synthesised(model.encode_image(x, normalize=True), mappers)
                 weight = model.encode_text(tokens, normalize=True) if train == "all" else head.weight
                 if train == "all":

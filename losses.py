@@ -5,7 +5,7 @@ L2-normalised CLIP features of length d, in float32 or float64 (half precision i
 every loss is a mean over the batch, without unit, and has finite values and gradients for all finite input.
 
 The equations are this project's reconstruction in the papers' letters: neither paper's equations could be had, nor is
-there public code. What only the reconstruction states is marked CHOICE.
+there public code. What the papers do not say is marked as a choice, with its alternative.
 """
 
 import torch
@@ -31,7 +31,7 @@ def pairwise_relation(z, z_hat, form="angle"):
     z, z_hat: (B, d). form: "angle" in radians, or "cosine" for the difference of cosines, the cheaper and smoother one.
     Returns a scalar, 0 for a batch of one (it has no pair). Raises ValueError for any other form.
     Source: LDFS, figure 2 ("aligns angles between original CLIP features and synthesized features").
-    CHOICE: absolute difference, averaged over all ordered pairs; alternative: its square.
+    CHOICE: absolute difference, averaged over all ordered pairs, so that a few large changes do not rule; alternative: square.
     """
     if form not in ("angle", "cosine"):
         raise ValueError(f'form is {form!r}, not "angle" or "cosine"')
@@ -49,7 +49,8 @@ def stochastic_text(text, sigma, generator=None):
     text: (B, d) unit-norm text features. sigma: standard deviation per coordinate (the noise's length is about σ √d, so
     σ = 0.02 at d = 512 is already half as long as the text). generator: torch.Generator on the device of `text`.
     Call it once for the source text and once for the target text: the same ε would cancel in their difference.
-    Source: LDFS, figure 2. CHOICE: isotropic Gaussian, renormalised; alternative: noise along measured style directions.
+    Source: LDFS, figure 2.
+    CHOICE: isotropic Gaussian, renormalised, the simplest there is; alternative: noise along measured style directions.
     """
     noise = torch.randn(text.shape, generator=generator, dtype=text.dtype, device=text.device)
     return F.normalize(text + sigma * noise, dim=-1)
@@ -60,7 +61,7 @@ def class_consistency(z_hat, class_text, labels, logit_scale):
 
     z_hat: (B, d). class_text: T, (C, d), unit norm. labels: y, (B,) class indices. logit_scale: s, the factor itself
     (100 in CLIP), not its logarithm. Also CLIP's classification loss on original features, with z in place of ẑ.
-    Source: LADS (Dunlap et al., ICLR 2023), where s = 1. CHOICE: optional in LDFS, whose figures do not show it.
+    Source: LADS (Dunlap et al., ICLR 2023), where s = 1; LDFS's figures do not show it (see Recipe in mapper.py).
     """
     return F.cross_entropy(logit_scale * z_hat @ class_text.T, labels)
 

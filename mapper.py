@@ -20,13 +20,19 @@ from losses import class_consistency, local_adaptation, pairwise_relation, stoch
 
 @dataclass(frozen=True)
 class Recipe:
-    """What steers a mapper. LDFS minus its three parts (caption-wise direction, noise, pairwise term) is LADS."""
+    """What steers a mapper. LDFS minus its three parts (caption-wise direction, noise, pairwise term) is LADS.
+
+    CHOICE: sigma, small enough to leave the direction (at d = 512, |Δt| = 0.7 a cosine of 0.91); alternative: see --ablate.
+    CHOICE: pair, λ_pair: both terms are of order one; alternative: more, for features that stay closer to CLIP's.
+    CHOICE: cls, λ_cls, kept from LADS so that LDFS is LADS and three parts; alternative: 0, as LDFS's figure 2 shows it.
+    CHOICE: class_text of the source domain, the head that step 2 starts from; alternative: of the target's.
+    """
 
     direction: str = "caption"  # whose text: each image's own caption, or "class", its class: LADS's global Δt
-    sigma: float = 0.01         # CHOICE: σ of the stochastic text features; at d = 512, |Δt| = 0.7 it leaves cos 0.91
-    pair: float = 1.0           # CHOICE: λ_pair
+    sigma: float = 0.01         # σ of the stochastic text features
+    pair: float = 1.0           # λ_pair
     form: str = "angle"         # L_pair on angles, as the paper says; "cosine" for the difference of cosines
-    cls: float = 1.0            # CHOICE: λ_cls, kept from LADS; 0 leaves the class to L_pair alone
+    cls: float = 1.0            # λ_cls
 
 
 RECIPES = {"ldfs": Recipe(), "lads": Recipe(direction="class", sigma=0.0, pair=0.0)}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +152,18 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.write_atomically(path, dies)
     assert path.read_text() == "old"
+
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not (SHARED / "pacs").exists(), reason=f"the real PACS images are not at {SHARED / 'pacs'}")
+def test_the_real_pacs(capsys):
+    dataset = data.load("pacs", SHARED)
+    assert capsys.readouterr().out == ""  # no warning: the counts are the published ones
+    assert dataset.classes == ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
+    photos = [path for path, _ in dataset.images["photo"]]
+    texts = data.caption_texts(dataset, "sketch", photos)
+    assert len(texts) == 1670 and all(t.startswith("a sketch of ") and len(t) > 14 for t in texts)
+    parts = [{p for p, _ in data.split(dataset, "photo", "photo", part, 0)} for part in ("train", "val", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 1670
