@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ def load(name, root="data", captions=None):
         )
     about = DATASETS.get(name, {})
     if (folder / "dataset.json").exists():
-        about = json.loads((folder / "dataset.json").read_text())
+        about = read_description(folder / "dataset.json")
 
     domains, classes, images = list(about["phrases"]), None, {}
     for domain in domains:
@@ -119,6 +120,22 @@ def load(name, root="data", captions=None):
     )
 
 
+def read_description(path):
+    """The contents of a dataset.json; exits with status 2 where it is not as the top of this file shows it."""
+    try:
+        about = json.loads(path.read_text())
+        phrases, fractions = about["phrases"], about.get("fractions", FRACTIONS)
+        whole = set(fractions) == set(FRACTIONS) and abs(sum(fractions.values()) - 1) < 1e-6
+        if len(phrases) >= 2 and whole and set(about.get("schedules", {})) <= {"head", "visual", "all"}:
+            return about
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        pass
+    fail(
+        f"{path} does not describe a data set: it needs phrases of two domains or more; fractions of train, val and test "
+        "that make 1; schedules of head, visual, all. The top of data.py shows one."
+    )
+
+
 def _is(folder, name):
     """Whether `folder` holds all domains of the known data set `name`."""
     return name in DATASETS and all((folder / d).is_dir() for d in DATASETS[name]["phrases"])
@@ -128,26 +145,25 @@ def split(dataset, source, domain, part, seed):
     """[(path, label)] of one part ("train", "val", "test") of `domain` when `source` is what is finetuned on.
 
     The source domain is split class by class; of a target domain only "test" is there, and is all of it. Where files of
-    one name show one thing, what was trained on in the source is in no target's test part either.
-    A pure function of (data set name, file names, seed): images are put in the order of a hash.
+    one name show one thing, what is trained or validated on in the source is in no target's test part either.
+    A pure function of (data set name, file names, seed): things are put in the order of a hash.
     """
-    if domain != source and not dataset.same_stem_same_thing:
-        return dataset.images[domain] if part == "test" else []
+
+    def thing(path):
+        return Path(path).stem if dataset.same_stem_same_thing else path
+
+    def rank(name):
+        return hashlib.sha256(f"{dataset.name} {seed} {name}".encode()).hexdigest()
+
     if domain != source and part != "test":
         return []
-
-    def rank(path):
-        thing = Path(path).stem if dataset.same_stem_same_thing else path
-        return hashlib.sha256(f"{dataset.name} {seed} {thing}".encode()).hexdigest()
-
-    chosen = []
+    part_of = {}  # (class, thing): the part it belongs to, by the source's own things
     for label in range(len(dataset.classes)):
-        of_class = sorted((p for p, y in dataset.images[domain] if y == label), key=rank)
-        train = max(1, round(dataset.fractions["train"] * len(of_class)))
-        val = train + round(dataset.fractions["val"] * len(of_class))
-        part_of = {"train": of_class[:train], "val": of_class[train:val], "test": of_class[val:]}
-        chosen += [(path, label) for path in sorted(part_of[part])]
-    return chosen
+        things = sorted({thing(path) for path, y in dataset.images[source] if y == label}, key=rank)
+        train = max(1, round(dataset.fractions["train"] * len(things)))
+        val = train + round(dataset.fractions["val"] * len(things))
+        part_of |= {(label, t): "train" if i < train else "val" if i < val else "test" for i, t in enumerate(things)}
+    return [(path, y) for path, y in dataset.images[domain] if part_of.get((y, thing(path)), "test") == part]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +176,7 @@ def words(folder_name):
 
 
 def article(noun):
-    """The noun phrase with "a" or "an" before it; as it is when plural or a proper name."""
+    """The noun phrase with "a" or "an" before it; as it is when plural or a proper name. A rule of thumb, by spelling."""
     if noun[0].isupper() or re.search(r"[^s]s$", noun.split(" with ")[0].split(":")[0]):
         return noun
     return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
@@ -206,9 +222,29 @@ def caption_texts(dataset, domain, paths):
 # What every script is told
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line at bad arguments."""
+
+    def error(self, message):
+        fail(f"{message}. See --help.")
+
+
+def positive(kind):
+    """An argparse type: a number of `kind` (int, float) above 0."""
+
+    def read(text):
+        number = kind(text)
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return number
+
+    read.__name__ = f"positive {kind.__name__}"
+    return read
+
+
 def arguments(description):
-    """An argparse parser with the arguments that all stages share."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    """A parser with the arguments that all stages share."""
+    parser = Parser(description=description.split("\n")[0])
     add = parser.add_argument
     add("dataset", help=f"{', '.join(DATASETS)}, or a folder in --data that has a dataset.json")
     add("source", help="domain to finetune on; all others are unseen until evaluation")
@@ -216,18 +252,16 @@ def arguments(description):
     add("--captions", help="JSON lines of path and caption (default: the data set's captions.jsonl)")
     add("--model", help="open_clip name, hf-hub:…, or local-dir:PATH (default: the data set's, else ViT-B-16-quickgelu)")
     add("--pretrained", default="openai", help="open_clip's tag of the weights, of a model known by name (default: openai)")
-    add("--seeds", type=int, default=5, help="seeds 0 … N-1: each its split, initialisation and order (default: 5)")
+    add("--seeds", type=positive(int), default=5, help="seeds 0 … N-1: each its split, initialisation and order (default: 5)")
     add("--run", help="folder of the results (default: runs/DATASET-SOURCE)")
     return parser
 
 
 def prepare(args):
-    """Dataset and run folder of parsed `arguments`; exits with status 2 for an unknown domain or no seeds."""
+    """Dataset and run folder of parsed `arguments`; exits with status 2 for an unknown domain."""
     dataset = load(args.dataset, args.data, args.captions)
     if args.source not in dataset.phrases:
         fail(f"{dataset.name} has no domain {args.source!r}. Its domains: {', '.join(dataset.phrases)}.")
-    if args.seeds < 1:
-        fail(f"--seeds {args.seeds}: at least one seed is needed.")
     run = Path(args.run or f"runs/{args.dataset}-{args.source}")
     run.mkdir(parents=True, exist_ok=True)
     return dataset, run
@@ -249,15 +283,22 @@ def digest(tensors):
     return sha.hexdigest()[:20]
 
 
+def commit():
+    """The commit of this repository, with "-dirty" where files differ from it; None where git cannot tell."""
+    if not shutil.which("git"):
+        return None
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+
+
 def append_results(run, args, rows):
     """Append rows (method, domain, split, metric, value, n, seed) to run/results.jsonl, each with what made it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     shared = {
         "dataset": args.dataset,
         "source": args.source,
         "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source")},
         "versions": {package: version(package) for package in ("torch", "open_clip_torch")},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "commit": commit(),
     }
     columns = ("method", "domain", "split", "metric", "value", "n", "seed")
     with open(run / "results.jsonl", "a") as file:

@@ -9,7 +9,6 @@ from emojibase. Packages are pinned by version and by integrity hash. This is th
 everything else in the repository reads the image folders and the `dataset.json` written beside them.
 """
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -28,7 +27,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import article, fail
+from data import Parser, article, fail, positive, write_atomically
 
 SIZE = 64  # pixels; a colour image of 64 x 64 is enough to tell a tuba from a trombone, and trains on a CPU
 
@@ -197,7 +196,7 @@ def fetch(source, downloads):
         return path
     downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=downloads) as scratch:
-        command = npm_command() + ["pack", "--silent", f"{package}@{version}"]
+        command = npm_command() + ["pack", "--loglevel=error", "--fetch-retries=1", f"{package}@{version}"]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
         files = list(Path(scratch).glob("*.tgz"))
         if done.returncode or not files:
@@ -316,6 +315,8 @@ def pool_caption(about, rng):
 @contextlib.contextmanager
 def whole_or_not_at_all(final):
     """A folder to write into, which takes the place `final` at the end; what a killed run left of one is removed."""
+    if final.exists():
+        fail(f"{final} is there, but not whole or not ours; move it away.")
     scratch = final.with_name(f".{final.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -521,14 +522,20 @@ def pretrain(root, out, epochs, text_steps, seed=0):
     trunk.load_state_dict(dict(zip(trunk.state_dict(), weights, strict=True)))  # the same tensors, in the same order
     model.visual.trunk.load_state_dict(trunk.state_dict(), strict=False)  # all but ImageNet's classifier
 
+    keys = [(about["set"], about["key"]) for _, about in pairs]
+    made_of = hashlib.sha256(repr((CONFIG, VIEWS, text_steps, epochs, seed, keys)).encode()).hexdigest()
+
     def keep(path, state):
-        torch.save(state, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        write_atomically(path, lambda part: torch.save({"made_of": made_of, "state": state}, part))
+
+    def kept(path):  # what an earlier run left of just this training, or None
+        state = torch.load(path) if path.exists() else {"made_of": None}
+        return state["state"] if state["made_of"] == made_of else None
 
     # 1. language
     done = scratch / "text.pt"
-    if done.exists():
-        model.load_state_dict(torch.load(done))
+    if (state := kept(done)) is not None:
+        model.load_state_dict(state)
     else:
         folder = next(Path(minilm).parent.rglob("config.json")).parent
         teacher, reader = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -560,9 +567,7 @@ def pretrain(root, out, epochs, text_steps, seed=0):
 
     # 2. the frozen stages' output of VIEWS augmented views
     trunk, done = model.visual.trunk.to(memory_format=torch.channels_last), scratch / "views.pt"
-    if done.exists():
-        views = torch.load(done)
-    else:
+    if (views := kept(done)) is None:
         views = torch.empty(len(images), VIEWS, 80, SIZE // 16, SIZE // 16, dtype=torch.float16)
         trunk.eval()
         with torch.no_grad():
@@ -583,8 +588,7 @@ def pretrain(root, out, epochs, text_steps, seed=0):
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], total_steps=steps, pct_start=0.1)
     done, first = scratch / "clip.pt", 0
-    if done.exists():
-        state = torch.load(done)
+    if (state := kept(done)) is not None:
         first = state["epoch"]
         for part, name in (model, "model"), (optimizer, "optimizer"), (schedule, "schedule"):
             part.load_state_dict(state[name])
@@ -611,18 +615,17 @@ def pretrain(root, out, epochs, text_steps, seed=0):
 
     write_list(pairs, out)
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors.part")
-    os.replace(out / "open_clip_model.safetensors.part", out / "open_clip_model.safetensors")
+    write_atomically(out / "open_clip_model.safetensors", lambda part: save_file(state, part))
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Without a stage: the benchmark's image folders.")
+    parser = Parser(description=__doc__.split("\n")[0], epilog="Without a stage: the benchmark's image folders.")
     parser.add_argument("stage", nargs="?", default="benchmark", choices=["benchmark", "pool", "pretrain"])
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds data sets (default: data)")
     parser.add_argument("--out", type=Path, default=Path("emoji_clip"), help="pretrain: folder of the model (default: emoji_clip)")
-    parser.add_argument("--epochs", type=int, default=12, help="pretrain: passes over the pool")
-    parser.add_argument("--text-steps", type=int, default=2000, help="pretrain: steps of 256 captions for the text tower")
+    parser.add_argument("--epochs", type=positive(int), default=12, help="pretrain: passes over the pool")
+    parser.add_argument("--text-steps", type=positive(int), default=2000, help="pretrain: steps of 256 captions for the text tower")
     args = parser.parse_args()
     args.data.mkdir(parents=True, exist_ok=True)
     if args.stage == "benchmark":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from data import fail
-from features import cached_features, encode_images, encode_texts, load_clip
+from features import cached_features, encode_images, encode_texts, fingerprint, load_clip
 from finetune import INITS, add_what, checkpoint_path
 from mapper import load_mapper
 
@@ -39,8 +39,10 @@ def accuracies(dataset, source, seed, features_of, class_weight, method):
     rows, by_domain = [], {}
     for domain, part in [(source, "val"), (source, "test"), *((d, "test") for d in dataset.targets(source))]:
         items = data.split(dataset, source, domain, part, seed)
-        if not items:  # a small class set may leave no image for validation
+        if not items and part == "val":  # a small data set may leave no image for validation
             continue
+        if not items:
+            fail(f"no image of {dataset.folder / domain} is left to test on; add images, or change the fractions.")
         value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), class_weight)
         rows.append((method, domain, part, "accuracy", value, len(items), seed))
         by_domain[domain, part] = value
@@ -57,6 +59,7 @@ def evaluate_run(args, dataset, run, clip, cached):
     cached(domain, items) gives the original model's features of a list of (path, label).
     """
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    model = fingerprint(clip)
 
     def encoded(domain, items):
         return encode_images(clip, dataset.folder, items, label=domain)
@@ -69,6 +72,9 @@ def evaluate_run(args, dataset, run, clip, cached):
             if not path.exists():
                 fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
             state = torch.load(path, map_location="cpu")
+            args.schedule = state["made_of"]["schedule"]
+            if state["made_of"]["model"] != model or state["epoch"] < args.schedule["epochs"]:
+                fail(f"{path} is unfinished, or of another model. Finish it with finetune.py, or name another --run.")
             features_of = cached
             if args.train != "head":
                 tuned = {k.removeprefix("clip."): v for k, v in state["modules"].items() if k.startswith("clip.")}
@@ -107,10 +113,10 @@ def consistency(z_hat, labels, target, source):
     }
 
 
-def figure4(args, dataset, run, cached):
+def figure4(args, dataset, run, clip, cached):
     """Append the measures above for each recipe, and draw the picture for seed 0."""
     recipes = [f for f in args.features if f != "original"]
-    picture = {}
+    picture, model = {}, fingerprint(clip)
     for seed in range(args.seeds):
         real = {}
         for domain in dataset.phrases:
@@ -120,7 +126,7 @@ def figure4(args, dataset, run, cached):
         rows = []
         for domain in dataset.targets(args.source):
             for name in ["not mapped", *recipes]:
-                z_hat = z if name == "not mapped" else load_mapper(run, name, domain, seed)(z)
+                z_hat = z if name == "not mapped" else load_mapper(run, name, domain, seed, model)(z)
                 for metric, value in consistency(z_hat, labels, real[domain], real[args.source]).items():
                     rows.append((name, domain, "test", metric, value, len(z), seed))
                 if seed == 0 and name != "not mapped":
@@ -171,45 +177,49 @@ def read_results(run):
     last = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        what = tuple(row["args"].get(k) for k in ("train", "init", "model"))
-        last[what, *(row[k] for k in ("method", "domain", "split", "metric", "seed"))] = row
+        last[(how(row), *(row[k] for k in ("method", "domain", "split", "metric", "seed")))] = row
     return list(last.values())
 
 
+def how(row):
+    """What the rows of one block of a table have in common, in words: the model, and for accuracies how it was trained."""
+    args = row["args"]
+    words = [f"{row['dataset']}, source {row['source']}, {args['model']}"]
+    if row["metric"] == "accuracy":
+        words += [f"--train {args['train']} --init {args['init']}"]
+        words += [f"{args['schedule']['epochs']} epochs of batch {args['schedule']['batch_size']}, lr {args['schedule']['lr']}"]
+    return ", ".join(words)
+
+
 def table(rows, metrics=METRICS):
-    """Markdown: a block for each thing trained, a line for each method, mean ± standard deviation over the seeds.
+    """Markdown: a block for each way of training, a line for each method, mean ± standard deviation over the seeds.
 
     "less finetune" is the OOD mean less that of plain finetuning, seed by seed: the split is the same, so this is the
-    comparison to look at; what it deviates is the noise of the comparison.
+    comparison to look at, and its deviation is the noise of the comparison.
     """
-
-    def trained(row):
-        return row["args"].get("train"), row["args"].get("init")
-
     lines = []
     for metric in metrics:
         of_metric = [r for r in rows if r["metric"] == metric and r["split"] == "test"]
-        for train, init in dict.fromkeys(map(trained, of_metric)):
-            block = [r for r in of_metric if trained(r) == (train, init)]
-            dataset, source, seeds = block[0]["dataset"], block[0]["source"], len({r["seed"] for r in block})
-            domains = list(dict.fromkeys(r["domain"] for r in block))
-            how = f", --train {train} --init {init}" if metric == "accuracy" else ""
-            heads = ["method"] + [f"ID ({d})" if d == source else d for d in domains]
-            rivals = [m for m in ("finetune", "lads") if any(r["method"] == m for r in block)]
-            if metric == "accuracy":
-                heads += [f"less {m}" for m in rivals] + ["OOD mean, seed by seed"]
-            lines += [f"{dataset}, source {source}{how}: {metric} in per cent, {seeds} seed{'s'[:seeds - 1]}", ""]
-            lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for title in dict.fromkeys(map(how, of_metric)):
+            block = [r for r in of_metric if how(r) == title]
+            source, seeds = block[0]["source"], len({r["seed"] for r in block})
             of = {}  # (method, domain): {seed: value}
             for r in block:
                 of.setdefault((r["method"], r["domain"]), {})[r["seed"]] = r["value"]
-            for method in dict.fromkeys(r["method"] for r in block):
+            methods, domains = (list(dict.fromkeys(names)) for names in zip(*of))
+            rivals = [m for m in ("finetune", "lads") if m in methods] if metric == "accuracy" else []
+            heads = ["method"] + [f"ID ({d})" if d == source else d for d in domains] + [f"less {m}" for m in rivals]
+            if metric == "accuracy":
+                heads += ["OOD mean, seed by seed"]
+            lines += [f"{title}: {metric} in per cent, {seeds} seed{'s'[:seeds - 1]}", ""]
+            lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+            for method in methods:
                 cells = [method] + [mean_and_deviation([*of.get((method, d), {}).values()]) or "not run" for d in domains]
+                ood = of.get((method, "OOD mean"), {})
+                for rival in rivals:
+                    other = of.get((rival, "OOD mean"), {}) if rival != method else {}
+                    cells += [mean_and_deviation([ood[s] - other[s] for s in ood.keys() & other.keys()])]
                 if metric == "accuracy":
-                    ood = of.get((method, "OOD mean"), {})
-                    for rival in rivals:  # the difference, seed by seed
-                        other = of.get((rival, "OOD mean"), {}) if rival != method else {}
-                        cells += [mean_and_deviation([ood[s] - other[s] for s in ood.keys() & other.keys()])]
                     cells += [" ".join(f"{value:.1f}" for _, value in sorted(ood.items()))]
                 lines += ["| " + " | ".join(cells) + " |"]
             lines += [""]
@@ -235,7 +245,8 @@ def main():
     args.init = args.init or INITS[args.train]
     dataset, run = data.prepare(args)
     clip = load_clip(args, dataset)
-    cache = {domain: cached_features(clip, dataset, domain) for domain in dataset.phrases}
+    args.model = clip.name
+    cache = {domain: cached_features(clip, dataset, domain, run) for domain in dataset.phrases}
 
     def cached(domain, items):
         row, z = cache[domain]
@@ -244,7 +255,7 @@ def main():
     if sys.argv[1] != "figure4":
         evaluate_run(args, dataset, run, clip, cached)
     if sys.argv[1] != "run":
-        figure4(args, dataset, run, cached)
+        figure4(args, dataset, run, clip, cached)
     tables = table(read_results(run))
     data.write_atomically(run / "table.md", lambda part: part.write_text(tables))
     print(tables)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from data import digest, fail, write_atomically
 
 DEFAULT_MODEL = "ViT-B-16-quickgelu"  # both papers' backbone; OpenAI's weights were trained with QuickGELU
-CACHE = Path("runs/.features")
 
 
 @dataclass
@@ -34,19 +33,18 @@ class Clip:
         return self.model.logit_scale.exp().item()
 
 
-def autocast(device, announce=False):
-    """The context that forward passes run in: bf16 autocast on a GPU that has it, float32 elsewhere.
+def precision(device):
+    """The dtype that towers compute in: bfloat16 on a GPU that has it, float32 elsewhere.
 
-    Weights stay in float32: fp16 weights give NaN after an Adam step, and bf16 has the range that fp16 lacks.
+    Weights stay in float32: fp16 weights give NaN after an Adam step, and bfloat16 has the range that fp16 lacks.
     """
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if announce:
-        if device.type == "cuda":
-            name, reason = torch.cuda.get_device_name(), "autocast; weights stay float32" if bf16 else "it has no bfloat16"
-        else:
-            name, reason = "cpu", "no GPU here; bfloat16 is for GPUs"
-        print(f"device: {name}, {'bfloat16' if bf16 else 'float32'} ({reason})")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device):
+    """The context that forward passes of towers run in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
 def load_clip(args, dataset):
@@ -75,12 +73,19 @@ def load_clip(args, dataset):
             name, pretrained, device=device, aug_cfg={"scale": (0.9, 1.0)}  # FLYP's mild random crop, no flip
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if name.startswith("local-dir:"):
+            fail(f"could not load {name} ({reason}). Check its open_clip_config.json and weights, or copy it again.")
         fail(
-            f"could not load {name} ({str(error).splitlines()[0]}). It comes from the Hugging Face hub and is cached after "
-            "the first time: run once with a network, or name a folder with --model local-dir:PATH."
+            f"could not load {name} ({reason}). It comes from the Hugging Face hub and is cached after the first time: "
+            "run once with a network, or name a folder with --model local-dir:PATH."
         )
-    autocast(device, announce=True)
+    if device.type == "cuda":
+        reason = "autocast; weights float32" if precision(device) == torch.bfloat16 else "it has no bfloat16"
+        print(f"device: {torch.cuda.get_device_name()}, {str(precision(device)).removeprefix('torch.')} ({reason})")
+    else:
+        print("device: cpu, float32 (no CUDA GPU here)")
     # Frozen until finetune.py says otherwise: PyTorch's attention rounds differently where a weight wants a gradient.
     # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a
     # few hundred images of one domain would overwrite its statistics; alternative: train mode.
@@ -105,8 +110,15 @@ class Images(torch.utils.data.Dataset):
         try:
             with Image.open(self.folder / path) as image:
                 return self.transform(image.convert("RGB")), label
-        except OSError:  # a worker process cannot stop the program with a clear line: the name travels to the main one
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises at broken files
+            # a worker process cannot stop the program with a clear line, so the name travels to the main one
             return None, str(self.folder / path)
+
+
+def collate(batch):
+    """A batch of tensors; or, where an image could not be read, its name."""
+    bad = [name for image, name in batch if image is None]
+    return bad[0] if bad else torch.utils.data.default_collate(batch)
 
 
 def image_batches(folder, items, transform, batch_size, device, generator=None):
@@ -114,11 +126,6 @@ def image_batches(folder, items, transform, batch_size, device, generator=None):
 
     Exits with status 2 at an unreadable image, naming it.
     """
-
-    def collate(batch):
-        bad = [label for image, label in batch if image is None]
-        return bad[0] if bad else torch.utils.data.default_collate(batch)
-
     gpu = device.type == "cuda"
     loader = torch.utils.data.DataLoader(
         Images(folder, items, transform), batch_size, shuffle=generator is not None, generator=generator,
@@ -160,16 +167,23 @@ def encode_texts(clip, texts, batch_size=1024):
 # Cache
 
 
-def cached_features(clip, dataset, domain, cache=None):
-    """{path: row}, z (N, d): features of all images of one domain, from the cache if it holds just these.
+def fingerprint(clip):
+    """A hash of the model: its name, architecture, weights, preprocessing and precision."""
+    weights = digest(clip.model.state_dict().values())
+    what = (clip.name, str(clip.model), weights, str(clip.preprocess), str(precision(clip.device)))
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
 
-    The key: the model's weights, the preprocessing, and the path, size and time of change of every image.
+
+def cached_features(clip, dataset, domain, run):
+    """{path: row}, z (N, d): features of all images of one domain, kept beside the folder `run` for all runs.
+
+    The key: the model's fingerprint, and the path, size and time of change of every image.
     """
     items = dataset.images[domain]
     stats = [(path, (s := (dataset.folder / path).stat()).st_size, s.st_mtime_ns) for path, _ in items]
-    made_of = (digest(clip.model.state_dict().values()), str(clip.preprocess), str(dataset.folder.resolve()), stats)
+    made_of = (fingerprint(clip), str(dataset.folder.resolve()), stats)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
-    path = (cache or CACHE) / f"{dataset.name}-{domain}-{key}.pt"
+    path = run.parent / ".features" / f"{dataset.name}-{domain}-{key}.pt"
     if path.exists():
         z = torch.load(path)
     else:

@@ -4,19 +4,20 @@
     python finetune.py pacs photo --train visual --features original ldfs
 
 --train says what is trained, --features what it is fed. No image of a target domain is read here, and no result chooses
-anything: the last step is what is kept. Each checkpoint goes to runs/…/checkpoints/; a killed run goes on after its last
-finished epoch.
+anything: the last step is what is kept. Each checkpoint goes to runs/…/checkpoints/; a killed run goes on after the last
+finished epoch of a tower, or the last finished head.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
 import data
-from features import autocast, cached_features, encode_texts, image_batches, load_clip
+from data import fail
+from features import autocast, cached_features, encode_texts, fingerprint, image_batches, load_clip
 from losses import class_consistency
 from mapper import load_mapper, parse_recipe
 
@@ -46,17 +47,6 @@ SCHEDULES = {
 INITS = {"head": "scratch", "visual": "text", "all": "text"}
 
 
-class Head(nn.Module):
-    """Linear classifier on unit-norm features: z (B, d) -> z Wᵀ (B, C), to be multiplied by the logit scale."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(weight.clone())
-
-    def forward(self, z):
-        return z @ self.weight.T
-
-
 def lr_at(step, steps, schedule):
     """Learning rate at `step` of `steps`: up in a line, down in a cosine to 0."""
     warm = max(1, round(schedule.warmup * steps))
@@ -80,8 +70,8 @@ def step_loss(features, labels, class_weight, logit_scale):
     return sum(class_consistency(x, class_weight, labels, logit_scale) for x in features)
 
 
-def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkpoint, made_of):
-    """Finetune `clip` in place; writes `checkpoint` after every epoch, and goes on from it if it was `made_of` the same.
+def finetune(clip, dataset, source, seed, train, mappers, schedule, init, run, checkpoint, made_of):
+    """Finetune `clip` in place; writes `checkpoint`, and goes on from it if it was `made_of` the same.
 
     train: "head" (linear head on cached features), "visual" (image tower and head) or "all" (both towers and the logit
     scale; the head is what the text tower makes of the class prompts). init: "text" or "scratch", the head's start.
@@ -92,14 +82,15 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
     prompts = data.class_texts(dataset, source)
     clip.model.requires_grad_(False)
     class_text = encode_texts(clip, prompts).to(clip.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = Head(class_text if init == "text" else torch.randn_like(class_text) / class_text.shape[1] ** 0.5)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(class_text.shape, generator=generator) / class_text.shape[1] ** 0.5  # rows of about unit norm
+    head = nn.Linear(*reversed(class_text.shape), bias=False, device=clip.device)
+    head.weight.data.copy_(class_text if init == "text" else random)
     model, scale = clip.model, torch.tensor(clip.logit_scale, device=clip.device)
     trained = {"head": [head], "visual": [head, model.visual], "all": [model]}[train]
     parameters = [p.requires_grad_() for module in trained for p in module.parameters()]
     if train == "head":
-        row, z_all = cached_features(clip, dataset, source)
+        row, z_all = cached_features(clip, dataset, source, run)
         z_all = z_all[[row[p] for p, _ in items]].to(clip.device)
         features_all = torch.stack(with_synthesised(z_all, mappers), dim=1)  # (N, 1 + K, d), made once: nothing moves
     else:
@@ -118,7 +109,7 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
     epochs = range(first, schedule.epochs)
     bar = tqdm(epochs, checkpoint.stem, initial=first, total=schedule.epochs, unit="epoch", leave=False)
     for epoch in bar:
-        # order and augmentation hang on (seed, epoch) alone, so a resumed run is the uninterrupted one, bit for bit
+        # order and augmentation hang on (seed, epoch) alone: a resumed run is the uninterrupted one (on a CPU to the bit)
         torch.manual_seed(1000 * seed + epoch)
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         if train == "head":
@@ -130,19 +121,25 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, checkp
             step = epoch * steps_per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, schedule)
-            with autocast(clip.device):
+            features, weight = x, head.weight
+            if train != "head":
                 # CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so that ẑ stays
                 # a synthesis of this z; alternative: ẑ of the original z, which the tower then leaves behind.
-                features = x if train == "head" else with_synthesised(model.encode_image(x, normalize=True), mappers)
-                weight = model.encode_text(tokens, normalize=True) if train == "all" else head.weight
-                if train == "all":
-                    scale = model.logit_scale.exp()
-                loss = step_loss(features, labels, weight, scale)
+                with autocast(clip.device):
+                    z = model.encode_image(x, normalize=True)
+                features = with_synthesised(z.float(), mappers)
+            if train == "all":
+                with autocast(clip.device):
+                    weight = model.encode_text(tokens, normalize=True)
+                weight, scale = weight.float(), model.logit_scale.exp()
+            loss = step_loss(features, labels, weight, scale)  # in float32: bfloat16 logits of 100 are steps of a half
             if not loss.isfinite():
-                raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}; try a lower --lr")
+                raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if train == "all":
+                model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
         bar.set_postfix(loss=f"{loss.item():.3f}")
         done = epoch + 1 == schedule.epochs
         if done and train == "all":
@@ -169,9 +166,9 @@ def add_what(parser):
 def main():
     parser = data.arguments(__doc__)
     add_what(parser)
-    parser.add_argument("--epochs", type=int, help="passes over the training images (default: see SCHEDULES)")
-    parser.add_argument("--batch-size", type=int, help="images a step (default: see SCHEDULES)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: see SCHEDULES)")
+    parser.add_argument("--epochs", type=data.positive(int), help="passes over the training images (default: see SCHEDULES)")
+    parser.add_argument("--batch-size", type=data.positive(int), help="images a step (default: see SCHEDULES)")
+    parser.add_argument("--lr", type=data.positive(float), help="peak learning rate (default: see SCHEDULES)")
     args = parser.parse_args()
     for features in args.features:
         if features != "original":
@@ -179,25 +176,32 @@ def main():
     dataset, run = data.prepare(args)
     init = args.init or INITS[args.train]
     flags = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
-    schedule = replace(SCHEDULES[args.train], **{**dataset.schedules.get(args.train, {}), **flags})
+    try:
+        schedule = replace(SCHEDULES[args.train], **{**dataset.schedules.get(args.train, {}), **flags})
+    except TypeError:
+        fail(f"{dataset.folder / 'dataset.json'}: a schedule has only {', '.join(f.name for f in fields(Schedule))}.")
     clip = load_clip(args, dataset)
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
-    weights = data.digest(original.values())
+    model = fingerprint(clip)
 
     jobs = [(seed, features) for seed in range(args.seeds) for features in args.features]
     for seed, features in (bar := tqdm(jobs, desc=f"finetuning ({args.train})", unit="run")):
         bar.set_postfix_str(f"{features}, seed {seed}")
         targets = dataset.targets(args.source) if features != "original" else []
-        mappers = [load_mapper(run, features, domain, seed, clip.device) for domain in targets]
+        mappers = [load_mapper(run, features, domain, seed, model, clip.device) for domain in targets]
         made_of = {
             "schedule": asdict(schedule),
-            "weights": weights,
+            "model": model,
             "images": data.split(dataset, args.source, args.source, "train", seed),
+            "prompts": data.class_texts(dataset, args.source),
             "mappers": data.digest(p for m in mappers for p in m.parameters()),
         }
         path = checkpoint_path(run, args.train, init, features, seed)
         clip.model.load_state_dict(original)
-        finetune(clip, dataset, args.source, seed, args.train, mappers, schedule, init, path, made_of)
+        try:
+            finetune(clip, dataset, args.source, seed, args.train, mappers, schedule, init, run, path, made_of)
+        except FloatingPointError as error:
+            fail(f"{error}. Try a lower --lr; what is finished is kept.")
 
 
 if __name__ == "__main__":

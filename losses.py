@@ -1,8 +1,8 @@
 """The losses of LDFS (arXiv 2405.02586) and ARF (arXiv 2404.06244), each a pure function that can be pasted alone.
 
 Paste a function together with the two imports below; nothing else is needed. Everything is a batch of B rows of
-L2-normalised CLIP features of length d, in float32 or float64 (half precision is raised to float32 where it matters);
-every loss is a mean over the batch, without unit, and has finite values and gradients for all finite input.
+L2-normalised CLIP features of length d, in float32 or float64, outside autocast (bfloat16 logits of 100 are steps of a
+half); every loss is a mean over the batch, without unit, with finite values and gradients for all finite input.
 
 The equations are this project's reconstruction in the papers' letters: neither paper's equations could be had, nor is
 there public code. What the papers do not say is marked as a choice, with its alternative.

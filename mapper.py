@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import data
 from data import fail
-from features import cached_features, encode_texts, load_clip
+from features import cached_features, encode_texts, fingerprint, load_clip
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
 
 
@@ -22,7 +22,8 @@ from losses import class_consistency, local_adaptation, pairwise_relation, stoch
 class Recipe:
     """What steers a mapper. LDFS minus its three parts (caption-wise direction, noise, pairwise term) is LADS.
 
-    CHOICE: sigma, small enough to leave the direction (at d = 512, |Δt| = 0.7 a cosine of 0.91); alternative: see --ablate.
+    CHOICE: sigma, small enough to leave the direction (at d = 512, |Δt| = 0.7 a cosine of 0.91); alternative: the sweep that
+    run_ldfs.sh --ablate makes.
     CHOICE: pair, λ_pair: both terms are of order one; alternative: more, for features that stay closer to CLIP's.
     CHOICE: cls, λ_cls, kept from LADS so that LDFS is LADS and three parts; alternative: 0, as LDFS's figure 2 shows it.
     CHOICE: class_text of the source domain, the head that step 2 starts from; alternative: of the target's.
@@ -49,6 +50,8 @@ def parse_recipe(text):
         recipe = replace(RECIPES[name], **{key: kinds[key](value) for key, value in pairs.items()})
     except (KeyError, ValueError):
         fail(f"recipe {text!r}: write name=value, with commas between; the names are {', '.join(kinds)}.")
+    if not all(0 <= x < float("inf") for x in (recipe.sigma, recipe.pair, recipe.cls)):
+        fail(f"recipe {text!r}: sigma, pair and cls are numbers from 0 up.")
     if recipe.direction not in ("caption", "class") or recipe.form not in ("angle", "cosine"):
         fail(f"recipe {text!r}: direction is caption or class, form is angle or cosine.")
     return recipe
@@ -95,7 +98,7 @@ def train_mapper(z, labels, text_source, text_target, class_text, recipe, seed=0
         if recipe.cls:  # LADS's class loss has no logit scale
             loss = loss + recipe.cls * class_consistency(z_hat, class_text, labels[i], logit_scale=1)
         if not loss.isfinite():
-            raise FloatingPointError(f"mapper: the loss is {loss.item()} at step {step}")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -131,12 +134,15 @@ def mapper_path(run, recipe_name, domain, seed):
     return run / "mappers" / f"{recipe_name}-{domain}-seed{seed}.pt"
 
 
-def load_mapper(run, recipe_name, domain, seed, device="cpu"):
-    """A trained Mapper, frozen. Exits with status 2 where it has not been trained."""
+def load_mapper(run, recipe_name, domain, seed, model, device="cpu"):
+    """A trained Mapper, frozen. Exits with status 2 where it has not been trained on the CLIP of the fingerprint `model`."""
     path = mapper_path(run, recipe_name, domain, seed)
     if not path.exists():
         fail(f"{path} is not there. Train it: python mapper.py DATASET SOURCE --recipes {recipe_name}")
-    state = torch.load(path)["mapper"]
+    state = torch.load(path)
+    if state["made_of"]["model"] != model:
+        fail(f"{path} was trained on another model. Train it again with mapper.py, or name another folder with --run.")
+    state = state["mapper"]
     mapper = Mapper(state["net.0.weight"].shape[1], state["net.0.weight"].shape[0])
     mapper.load_state_dict(state)
     return mapper.requires_grad_(False).to(device)
@@ -145,13 +151,13 @@ def load_mapper(run, recipe_name, domain, seed, device="cpu"):
 def main():
     parser = data.arguments(__doc__)
     parser.add_argument("--recipes", nargs="+", default=["lads", "ldfs"], help="also variations: ldfs:sigma=0")
-    parser.add_argument("--steps", type=int, default=300, help="steps for each mapper (default: 300)")
+    parser.add_argument("--steps", type=data.positive(int), default=300, help="steps for each mapper (default: 300)")
     args = parser.parse_args()
     recipes = {name: parse_recipe(name) for name in args.recipes}
     dataset, run = data.prepare(args)
     targets = dataset.targets(args.source)
     clip = load_clip(args, dataset)
-    row, z_all = cached_features(clip, dataset, args.source)
+    row, z_all = cached_features(clip, dataset, args.source, run)
     everything = dataset.images[args.source]
     labels_all = torch.tensor([y for _, y in everything])
     texts = {}  # (direction, domain): t^k of every source image
@@ -163,17 +169,21 @@ def main():
     class_text = encode_texts(clip, data.class_texts(dataset, args.source))
 
     jobs = [(seed, domain, name) for seed in range(args.seeds) for domain in targets for name in recipes]
+    model = fingerprint(clip)
     seen = {}  # (recipe, target): statistics of every seed
     for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper")):
         bar.set_postfix_str(f"{name} -> {domain}, seed {seed}")
         i = torch.tensor([row[p] for p, _ in data.split(dataset, args.source, args.source, "train", seed)])
         text_source, text_target = (texts[recipes[name].direction, d][i] for d in (args.source, domain))
         tensors = [x.to(clip.device) for x in (z_all[i], labels_all[i], text_source, text_target, class_text)]
-        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "data": data.digest(tensors)}
+        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "data": data.digest(tensors), "model": model}
         path = mapper_path(run, name, domain, seed)
         state = torch.load(path) if path.exists() else None
         if state is None or state["made_of"] != made_of:
-            mapper, numbers = train_mapper(*tensors, recipes[name], seed, args.steps)
+            try:
+                mapper, numbers = train_mapper(*tensors, recipes[name], seed, args.steps)
+            except FloatingPointError as error:
+                fail(f"{name}: {error}. Look at the features, or weigh the terms otherwise.")
             state = {"mapper": mapper.cpu().state_dict(), "made_of": made_of, "statistics": numbers}
             data.write_atomically(path, lambda part: torch.save(state, part))
             rows = [(name, domain, "train", metric, value, len(i), seed) for metric, value in numbers.items()]

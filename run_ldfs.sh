@@ -32,6 +32,7 @@ while [ $# -gt 0 ]; do
     --features)
       features=(); shift
       while [ $# -gt 0 ] && [[ "$1" != --* ]]; do features+=("$1"); shift; done
+      [ ${#features[@]} -gt 0 ] || { echo "run_ldfs.sh: --features needs names, such as original ldfs" >&2; exit 2; }
       continue ;;
   esac
   [ $# -gt 1 ] || { echo "run_ldfs.sh: $1 needs a value, or is unknown; see --help" >&2; exit 2; }
@@ -49,10 +50,12 @@ done
 
 . ./env.sh
 if [ -f "$dataset.py" ]; then python3 "$dataset.py" --data "$data"; fi  # a data set that a script here makes
-recipes=("${features[@]/original/}") recipes=(${recipes[@]})
-what=("$dataset" "$source" --data "$data" --run "$run" "${common[@]}")
+recipes=$(printf '%s\n' "${features[@]}" | grep -vx original || true)
+# "${x[@]+"${x[@]}"}" is "${x[@]}" that an empty x does not break in the bash 3.2 of macOS
+what=("$dataset" "$source" --data "$data" --run "$run" "${common[@]+"${common[@]}"}")
+train+=(--features "${features[@]}")
 
-[ ${#recipes[@]} -eq 0 ] || python3 mapper.py "${what[@]}" --recipes "${recipes[@]}" "${steps[@]}"
-python3 finetune.py "${what[@]}" "${train[@]}" "${tune[@]}" --features "${features[@]}"
-python3 evaluate.py all "${what[@]}" "${train[@]}" --features "${features[@]}"
+[ -z "$recipes" ] || python3 mapper.py "${what[@]}" "${steps[@]+"${steps[@]}"}" --recipes $recipes
+python3 finetune.py "${what[@]}" "${train[@]}" "${tune[@]+"${tune[@]}"}"
+python3 evaluate.py all "${what[@]}" "${train[@]}"
 echo "wrote $run/results.jsonl, $run/table.md, $run/figure4.png"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, where there is a GPU too
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"cat": (220, 60, 60), "dog": (60, 200, 60), "red_house": (60, 60, 220)}
 DOMAINS = {"photo": "a photo", "sketch": "a sketch", "cartoon": "a cartoon"}

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 
@@ -38,6 +39,12 @@ def test_what_is_trained_on_is_in_no_test_part_of_any_style(tiny_data):
     for domain in dataset.targets("photo"):
         assert things(domain, "test") == things("photo", "test")
         assert not things(domain, "test") & (things("photo", "train") | things("photo", "val"))
+
+    for i in range(4):  # and so it stays where a target lacks some, and has others of its own
+        (tiny_data / "tiny" / "sketch" / "dog" / f"{i}.png").rename(tiny_data / "tiny" / "sketch" / "dog" / f"{i + 20}.png")
+    dataset = data.load("tiny", tiny_data)
+    assert not things("sketch", "test") & (things("photo", "train") | things("photo", "val"))
+    assert {f"dog/{i + 20}.png" for i in range(4)} <= things("sketch", "test")
 
 
 def test_words():
@@ -102,6 +109,15 @@ def test_a_bad_model_is_refused_by_name(tiny_data, capsys, name, remedy):
     assert remedy in refusal(capsys, lambda: load_clip(name, data.load("tiny", tiny_data)))
 
 
+@pytest.mark.parametrize("about", [
+    "{", '{"phrases": {"photo": "a photo"}}', '{"fractions": {}}',
+    '{"phrases": {"photo": "a photo", "sketch": "a sketch"}, "fractions": {"train": 0.5, "test": 0.5}}',
+])
+def test_a_bad_description_is_refused(tiny_data, capsys, about):
+    (tiny_data / "tiny" / "dataset.json").write_text(about)
+    assert "does not describe a data set" in refusal(capsys, lambda: data.load("tiny", tiny_data))
+
+
 def test_published_counts_are_checked(tiny_data, capsys, monkeypatch):
     squares = {"phrases": {"photo": "a photo", "sketch": "a sketch"}, "counts": {"photo": 31, "sketch": 30}}
     monkeypatch.setitem(data.DATASETS, "squares", squares)
@@ -127,8 +143,8 @@ def test_the_cache_is_keyed_by_weights_preprocessing_and_images(tiny_data, tiny_
     clip = load_clip(tiny_clip, dataset)
 
     def files():
-        features.cached_features(clip, dataset, "photo", tmp_path / "cache")
-        return len(list((tmp_path / "cache").iterdir()))
+        features.cached_features(clip, dataset, "photo", tmp_path / "run")
+        return len(list((tmp_path / ".features").iterdir()))
 
     assert files() == 1
     assert files() == 1  # served from the cache
@@ -137,8 +153,10 @@ def test_the_cache_is_keyed_by_weights_preprocessing_and_images(tiny_data, tiny_
     assert files() == 2
     clip.preprocess.transforms.pop()
     assert files() == 3
-    shutil.copy(tiny_data / "tiny" / "photo" / "cat" / "1.png", tiny_data / "tiny" / "photo" / "cat" / "2.png")
+    clip.model.visual.transformer.resblocks[0].mlp.gelu = open_clip.transformer.QuickGELU()  # the same weights
     assert files() == 4
+    shutil.copy(tiny_data / "tiny" / "photo" / "cat" / "1.png", tiny_data / "tiny" / "photo" / "cat" / "2.png")
+    assert files() == 5
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):

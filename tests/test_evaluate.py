@@ -37,10 +37,13 @@ def test_consistency_of_known_neighbours():
     assert got == {"domain consistency": 50, "class consistency": 50, "unique neighbours": 50}
 
 
+ARGS = {"train": "head", "init": "text", "model": "m", "schedule": {"epochs": 2, "batch_size": 8, "lr": 0.1}}
+
+
 def write(run, *rows):
     run.mkdir()
     base = {"dataset": "d", "source": "photo", "split": "test", "metric": "accuracy", "n": 9}
-    base["args"] = {"train": "head", "init": "text"}
+    base["args"] = ARGS
     (run / "results.jsonl").write_text("".join(json.dumps(base | r) + "\n" for r in rows))
 
 
@@ -60,7 +63,7 @@ def test_table_means_deviations_and_raw_seeds(tmp_path):
 
 def test_of_a_stage_run_twice_the_last_result_counts(tmp_path):
     row = {"method": "ldfs", "domain": "photo", "seed": 0}
-    other = {"args": {"train": "all", "init": "text"}}
+    other = {"args": ARGS | {"train": "all"}}
     write(tmp_path / "run", row | {"value": 1}, row | {"value": 2}, row | {"value": 3} | other)
     assert [r["value"] for r in evaluate.read_results(tmp_path / "run")] == [2, 3]
 
@@ -71,16 +74,31 @@ def test_table_of_nothing_is_refused(tmp_path, capsys):
     assert stop.value.code == 2 and "results.jsonl is not there" in capsys.readouterr().err
 
 
+def test_unfinished_or_foreign_checkpoints_are_refused(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):
+    import finetune
+
+    common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
+    common += ["--features", "original"]
+    monkeypatch.setattr("sys.argv", ["finetune.py", *common, "--epochs", "1"])
+    finetune.main()
+    path = tmp_path / "run" / "checkpoints" / "head-scratch-original-seed0.pt"
+    whole = torch.load(path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *common])
+    for broken in (whole | {"epoch": 0}, whole | {"made_of": whole["made_of"] | {"model": "another"}}):
+        torch.save(broken, path)
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main()
+        assert stop.value.code == 2 and "unfinished, or of another model" in capsys.readouterr().err
+
+
 def test_only_evaluate_reads_target_images(tiny_data, tiny_clip, tmp_path, monkeypatch):
     """With the images of all targets broken, mapper.py and finetune.py do not notice."""
-    import features
     import finetune
     import mapper
 
     for domain in ("sketch", "cartoon"):
         for image in (tiny_data / "tiny" / domain).glob("*/*.png"):
             image.write_bytes(b"broken")
-    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
     common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", ["mapper.py", *common, "--steps", "2"])
     mapper.main()

@@ -17,15 +17,15 @@ SHORT = {"head": Schedule(3, 8, 1e-2), "visual": Schedule(3, 8, 1e-3), "all": Sc
 
 
 @pytest.fixture
-def clip(tiny_data, tiny_clip, monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+def clip(tiny_data, tiny_clip):
     dataset = data.load("tiny", tiny_data)
     args = data.arguments("").parse_args(["tiny", "photo", "--model", tiny_clip])
     return features.load_clip(args, dataset), dataset
 
 
 def run(clip, dataset, path, train="head", mappers=(), schedule=None, seed=0, init="text"):
-    finetune.finetune(clip, dataset, "photo", seed, train, list(mappers), schedule or SHORT[train], init, path, made_of="test")
+    schedule = schedule or SHORT[train]
+    finetune.finetune(clip, dataset, "photo", seed, train, list(mappers), schedule, init, path.parent, path, made_of="test")
     return torch.load(path)["modules"]
 
 
@@ -81,7 +81,7 @@ def test_a_finished_run_is_left_alone_and_another_one_is_not(clip, tmp_path, mon
     stamp = path.stat().st_mtime_ns
     run(clip, dataset, path)
     assert path.stat().st_mtime_ns == stamp
-    finetune.finetune(clip, dataset, "photo", 1, "head", [], SHORT["head"], "text", path, made_of="other")
+    finetune.finetune(clip, dataset, "photo", 1, "head", [], SHORT["head"], "text", tmp_path, path, made_of="other")
     assert not torch.equal(first["head.weight"], torch.load(path)["modules"]["head.weight"])
 
 

@@ -66,7 +66,10 @@ def test_ldfs_minus_its_three_parts_is_lads():
     assert parse_recipe("ldfs:direction=class,sigma=0,pair=0") == RECIPES["lads"]
 
 
-@pytest.mark.parametrize("text", ["lasd", "ldfs:sigma", "ldfs:sigma=x", "ldfs:alpha=1", "ldfs:direction=k", "ldfs:form=cos"])
+@pytest.mark.parametrize("text", [
+    "lasd", "ldfs:sigma", "ldfs:sigma=x", "ldfs:alpha=1", "ldfs:direction=k",
+    "ldfs:form=cos", "ldfs:pair=-1",
+])
 def test_bad_recipes_are_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_recipe(text)
@@ -75,7 +78,7 @@ def test_bad_recipes_are_refused(text, capsys):
 
 def test_a_missing_mapper_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        mapper.load_mapper(tmp_path, "ldfs", "sketch", 3)
+        mapper.load_mapper(tmp_path, "ldfs", "sketch", 3, "a model")
     assert "ldfs-sketch-seed3.pt" in capsys.readouterr().err
 
 

@@ -40,7 +40,8 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
     (["tiny", "photo", "--model", "ViT-Z"], "knows no such model"),
     (["tiny", "photo", "--features", "ldsf"], "unknown recipe 'ldsf'"),
     (["tiny", "photo", "--sedes", "1"], "unknown option --sedes"),
-    (["tiny", "photo", "--seeds", "0"], "at least one seed"),
+    (["tiny", "photo", "--seeds", "0"], "--seeds: 0 is not above 0"),
+    (["tiny", "photo", "--features", "original", "--epochs", "x"], "--epochs"),
 ])
 def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, arguments, says):
     done = script("run_ldfs.sh", *arguments, "--data", tiny_data, "--run", tmp_path / "run", code=2)
