@@ -296,7 +296,7 @@ def append_results(run, args, rows):
     shared = {
         "dataset": args.dataset,
         "source": args.source,
-        "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source")},
+        "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source", "features", "recipes")},
         "versions": {package: version(package) for package in ("torch", "open_clip_torch")},
         "commit": commit(),
     }
