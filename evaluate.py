@@ -159,7 +159,7 @@ def draw_figure4(dataset, path, sources, picture, columns=10):
                 spine.set(color="red" if lost else "lightgrey", linewidth=2.5 if lost else 0.8)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle("Nearest real image of each synthesised feature (red: of another class)", fontsize=10)
-    figure.tight_layout(pad=0.3)
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.985))  # the title above the images
     data.write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     pyplot.close(figure)
     print(f"wrote {path}")
