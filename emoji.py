@@ -275,7 +275,7 @@ def rasterise(icon, defaults):
 
 
 def on_white(data):
-    """Encoded image bytes -> RGB image of SIZE x SIZE, transparency on white, with a margin of nothing."""
+    """Encoded image bytes -> RGB image of SIZE x SIZE, transparency on white."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     image.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (SIZE, SIZE), "white")
