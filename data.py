@@ -5,8 +5,13 @@ A data set is known by name: one of DATASETS below, or any folder that brings it
     {"phrases": {"3d": "a 3d render", "sketch": "a sketch"},   what the pictures of each domain folder are called
      "fractions": {"train": 0.5, "val": 0.1, "test": 0.4},     optional: how the source domain is split
      "same_stem_same_thing": true,                             optional: files of one name show one thing, in any domain
+     "templates": {"3d": ["a 3d render of {}", "a 3d {}"]},    optional: FLYP's prompts (default: the phrase alone)
      "model": "local-dir:emoji_clip",                          optional: the CLIP to use unless --model says otherwise
-     "schedules": {"visual": {"lr": 0.0003}}}                  optional: what differs from finetune.py's SCHEDULES
+     "captioner": "emoji_captioner",                           optional: the captioner, likewise
+     "pool": "emoji_pool",                                     optional: folder of image-text pairs to retrieve from
+     "unseen": "emoji_unseen",                                 optional: data set of other classes in the same domains
+     "schedules": {"visual": {"lr": 0.0003}},                  optional: what differs from finetune.py's SCHEDULES
+     "frozen_stages": 6}                                       optional: what --frozen-stages is unless it says otherwise
 """
 
 import argparse
@@ -53,8 +58,7 @@ class Dataset:
     images: dict = field(repr=False)
     fractions: dict
     same_stem_same_thing: bool
-    model: str | None
-    schedules: dict
+    about: dict = field(repr=False)  # its description, for what only some data sets have
     captions: Path | None
 
     def targets(self, source):
@@ -116,7 +120,7 @@ def load(name, root="data", captions=None):
         fail(f'--captions {captions}: no such file. Each line of it is {{"path": "photo/dog/1.jpg", "caption": "…"}}.')
     return Dataset(
         name, folder, about["phrases"], classes, images, about.get("fractions", FRACTIONS),
-        about.get("same_stem_same_thing", False), about.get("model"), about.get("schedules", {}), captions and Path(captions),
+        about.get("same_stem_same_thing", False), about, captions and Path(captions),
     )
 
 
@@ -177,7 +181,7 @@ def words(folder_name):
 
 def article(noun):
     """The noun phrase with "a" or "an" before it; as it is when plural or a proper name. A rule of thumb, by spelling."""
-    if noun[0].isupper() or re.search(r"[^s]s$", noun.split(" with ")[0].split(":")[0]):
+    if noun[0].isupper() or re.search(r"[^su]s$", noun.split(" with ")[0].split(":")[0]):
         return noun
     return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
 
@@ -191,31 +195,58 @@ def class_texts(dataset, domain):
     return [f"{dataset.phrases[domain]} of {article(words(c))}" for c in dataset.classes]
 
 
+def prompts(dataset, domain):
+    """FLYP's class prompts: a list of T templates, each a list of C strings in the order of `classes`.
+
+    Source: FLYP draws one of 80 templates for each image. CHOICE: the domain's phrase alone unless the data set brings
+    templates; alternative: OpenAI's 80, which are about photographs.
+    """
+    templates = dataset.about.get("templates", {}).get(domain, [dataset.phrases[domain] + " of {}"])
+    return [[template.format(article(words(c))) for c in dataset.classes] for template in templates]
+
+
+def read_captions(path):
+    """{image path: row} of a captions.jsonl; exits with status 2 at a line that is not {"path": …, "caption": …}."""
+    rows = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["path"]] = {**row, "caption": row["caption"].strip()}
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            fail(f'{path}, line {number}: not {{"path": "photo/dog/1.jpg", "caption": "…"}}. Mend or remove it.')
+    return rows
+
+
+def captions(dataset, paths):
+    """c_i: each image's own caption, one string a path. Exits with status 2 when there is no file, or an image has none."""
+    if dataset.captions is None:
+        fail(
+            f"no captions for {dataset.name}: every image of the source needs one. Make them: python anchors.py caption "
+            f"{dataset.name} SOURCE; or put yours into {dataset.folder / 'captions.jsonl'}, or name a file with --captions."
+        )
+    rows = read_captions(dataset.captions)
+    missing = [p for p in paths if p not in rows or not rows[p]["caption"]]
+    if missing:
+        fail(
+            f"{dataset.captions} has no caption for {len(missing)} of {len(paths)} images, {missing[0]} the first. "
+            f"Caption them: python anchors.py caption {dataset.name} SOURCE; or name another file with --captions."
+        )
+    return [rows[p]["caption"] for p in paths]
+
+
+# "a photo of", "a black and white sketch of": up to three words and a word for pictures, at the start
+MEDIUM = re.compile(
+    r"^(an? )?((?!an?\b|the\b)[\w-]+ ){0,3}(photo|photograph|picture|image|painting|drawing|sketch|cartoon|render) of ", re.I
+)
+
+
 def caption_texts(dataset, domain, paths):
     """P_k(c_i): each image's own caption in the words of `domain`: "a sketch of a Weimaraner". One string a path.
 
     CHOICE: a caption that itself starts "a photo of" loses those words, or the prompt would say both; alternative: keep.
-    Exits with status 2 when there are no captions, or an image has none.
+    Exits with status 2 as `captions` does.
     """
-    if dataset.captions is None:
-        fail(
-            f"no captions for {dataset.name}: LDFS needs one for each image of the source. Put them into "
-            f"{dataset.folder / 'captions.jsonl'}, or name a file with --captions."
-        )
-    own = {}
-    for number, line in enumerate(dataset.captions.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            own[row["path"]] = re.sub(r"^(an? )?(photo|picture|image|painting|drawing|sketch|cartoon) of ", "", row["caption"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            fail(f'{dataset.captions}, line {number}: not {{"path": "photo/dog/1.jpg", "caption": "…"}}. Mend or remove it.')
-    missing = [p for p in paths if not own.get(p, "").strip()]
-    if missing:
-        fail(
-            f"{dataset.captions} has no caption for {len(missing)} of {len(paths)} images, {missing[0]} the first. "
-            "Caption them, or name another file with --captions."
-        )
-    return [f"{dataset.phrases[domain]} of {own[p]}" for p in paths]
+    return [f"{dataset.phrases[domain]} of {MEDIUM.sub('', caption)}" for caption in captions(dataset, paths)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,9 +288,9 @@ def arguments(description):
     return parser
 
 
-def prepare(args):
-    """Dataset and run folder of parsed `arguments`; exits with status 2 for an unknown domain."""
-    dataset = load(args.dataset, args.data, args.captions)
+def prepare(args, dataset=None):
+    """Dataset (unless given) and run folder of parsed `arguments`; exits with status 2 for an unknown domain."""
+    dataset = dataset or load(args.dataset, args.data, args.captions)
     if args.source not in dataset.phrases:
         fail(f"{dataset.name} has no domain {args.source!r}. Its domains: {', '.join(dataset.phrases)}.")
     run = Path(args.run or f"runs/{args.dataset}-{args.source}")
@@ -296,7 +327,7 @@ def append_results(run, args, rows):
     shared = {
         "dataset": args.dataset,
         "source": args.source,
-        "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source", "features", "recipes")},
+        "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source", "methods", "recipes", "alphas")},
         "versions": {package: version(package) for package in ("torch", "open_clip_torch")},
         "commit": commit(),
     }

@@ -3,6 +3,7 @@
     python emoji.py            # data/emoji, data/emoji_unseen: image folders {domain}/{class}/{code point}.png
     python emoji.py pool       # data/emoji_pool: image-text pairs of everything else, as webdataset shards
     python emoji.py pretrain   # emoji_clip/: the mini CLIP, trained on that pool (half an hour on two cores)
+    python emoji.py captioner  # emoji_captioner/: the mini captioner, trained on that pool (TIME on two cores)
 
 Images come from openly licensed emoji sets of the npm registry (SOURCES below; licences in the README), the words
 from emojibase. Packages are pinned by version and by integrity hash. This is the only file that knows about emoji:
@@ -293,9 +294,14 @@ def members(selectors, words):
 # Write: the benchmark and the pool
 
 
+def plain(label):
+    """A label of emojibase without its typographic quotes."""
+    return label.replace("’", "'").replace("“", "").replace("”", "")
+
+
 def caption(word, rng):
     """One description of an emoji from emojibase's label and up to two tags that say something the label does not."""
-    label = word["label"].replace("’", "'").replace("“", "").replace("”", "")
+    label = plain(word["label"])
     new = [t for t in word["tags"] if t.lower() not in label.lower() and label.lower() not in t.lower()]
     return ", ".join([article(label), *rng.sample(new, min(len(new), rng.randint(1, 2)))])
 
@@ -325,7 +331,7 @@ def whole_or_not_at_all(final):
 
 
 def write_folder(root, name, classes, words, drawings):
-    """Write one image folder {domain}/{class}/{code}.png with captions.jsonl and dataset.json."""
+    """Write one image folder {domain}/{class}/{code}.png with descriptions.jsonl (emojibase's words) and dataset.json."""
     shared = set.intersection(*map(set, drawings.values()))  # the same things in every domain
     chosen = [(label.replace(" ", "_"), c) for label, rules in classes.items() for c in members(rules, words) if c in shared]
     captions = []
@@ -336,9 +342,10 @@ def write_folder(root, name, classes, words, drawings):
                 (scratch / path).parent.mkdir(parents=True, exist_ok=True)
                 drawings[domain][c]().save(scratch / path, compress_level=1)
                 captions.append({"path": path.as_posix(), "caption": caption(words[c], random.Random(c))})
-        (scratch / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+        (scratch / "descriptions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
         about = {"phrases": PHRASES, "fractions": FRACTIONS, "same_stem_same_thing": True}
-        about |= {"model": "local-dir:emoji_clip", "schedules": {"visual": {"lr": 3e-4}, "all": {"lr": 3e-4}}}
+        about |= {"model": "local-dir:emoji_clip", "captioner": "emoji_captioner", "pool": "emoji_pool", "unseen": "emoji_unseen"}
+        about |= {"schedules": {"visual": {"lr": 3e-4}, "all": {"lr": 3e-4}}, "frozen_stages": 6}
         (scratch / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"emoji.py: wrote {root / name}: {len(chosen)} emoji in {len(classes)} classes, in {len(DOMAINS)} domains")
 
@@ -447,19 +454,23 @@ def compose(words, n, seed=0):
     return out
 
 
-def train_tokenizer(texts, folder):
-    """A lower-case WordPiece tokenizer of 4,096 tokens, saved in Hugging Face's format: `[texts] -> ids`, end token 2."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+def train_tokenizer(texts, vocab_size, template, more=()):
+    """A lower-case WordPiece tokenizer in Hugging Face's format; the special tokens PAD, UNK, END, *more are 0, 1, 2, …
+
+    template: what becomes of a text $A: "$A [END]".
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", "[END]"]
+    special = ["[PAD]", "[UNK]", "[END]", *more]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(sorted(set(texts)), trainers.WordPieceTrainer(vocab_size=4096, special_tokens=special))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", 2)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
-    fast.save_pretrained(folder)
+    tokenizer.train_from_iterator(sorted(set(texts)), trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special))
+    used = [(token, i) for i, token in enumerate(special) if token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
 
 
 def augment(images, generator):
@@ -480,6 +491,27 @@ def augment(images, generator):
     x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False) + 1
     x = (x * rand(0.8, 1.05)[:, None, None, None]).clamp(0, 1)
     return ((x - 0.498) / 0.502).contiguous(memory_format=torch.channels_last)
+
+
+def pixels(pairs):
+    """uint8 (N, SIZE, SIZE, 3): all images of the pool."""
+    import torch
+
+    return torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3) for i, _ in pairs])
+
+
+def keeper(made_of):
+    """keep(path, state), and kept(path): what an earlier run of a training `made_of` the same left there, or None."""
+    import torch
+
+    def keep(path, state):
+        write_atomically(path, lambda part: torch.save({"made_of": made_of, "state": state}, part))
+
+    def kept(path):
+        state = torch.load(path) if path.exists() else {"made_of": None}
+        return state["state"] if state["made_of"] == made_of else None
+
+    return keep, kept
 
 
 def pretrain(root, out, epochs, text_steps, seed=0):
@@ -511,9 +543,9 @@ def pretrain(root, out, epochs, text_steps, seed=0):
     out.mkdir(exist_ok=True)
 
     pairs = read_pool(root)
-    images = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3) for i, _ in pairs])
+    images = pixels(pairs)
     texts = compose({i: about for i, (_, about) in enumerate(pairs)} | read_words(root / ".downloads"), 60_000, seed)
-    train_tokenizer(texts, out)
+    train_tokenizer(texts, 4096, "$A [END]").save_pretrained(out)
     (out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     tokenize = open_clip.get_tokenizer(f"local-dir:{out}")
     model = open_clip.CLIP(**CONFIG["model_cfg"])
@@ -525,12 +557,7 @@ def pretrain(root, out, epochs, text_steps, seed=0):
     keys = [(about["set"], about["key"]) for _, about in pairs]
     made_of = hashlib.sha256(repr((CONFIG, VIEWS, text_steps, epochs, seed, keys)).encode()).hexdigest()
 
-    def keep(path, state):
-        write_atomically(path, lambda part: torch.save({"made_of": made_of, "state": state}, part))
-
-    def kept(path):  # what an earlier run left of just this training, or None
-        state = torch.load(path) if path.exists() else {"made_of": None}
-        return state["state"] if state["made_of"] == made_of else None
+    keep, kept = keeper(made_of)
 
     # 1. language
     done = scratch / "text.pt"
@@ -619,12 +646,105 @@ def pretrain(root, out, epochs, text_steps, seed=0):
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Train: the mini captioner
+
+# FastVLM's architecture: of the image-text-to-text models in transformers, one that sees through a convolutional tower.
+# Here that is the mini CLIP's, frozen, which knows these pictures; a ViT, as BLIP-2 wants it, would have to learn to see
+# from 15,000 drawings. Qwen2 is its language model, here of two layers.
+CAPTIONER = {
+    "vision_config": {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0", "do_pooling": False, "hidden_size": 1280},
+    "text_config": {
+        "model_type": "qwen2", "hidden_size": 160, "intermediate_size": 480, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 2048, "max_position_embeddings": 64, "tie_word_embeddings": True,
+        "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 3,
+    },
+    "image_token_index": 4, "image_seq_length": 4, "tie_word_embeddings": True,
+}
+
+
+def described(about):
+    """What the captioner learns to say of a pool drawing: what it is, and what kind of thing: "a doughnut, a dessert"."""
+    return ", ".join(map(article, [plain(about["label"]), *KINDS.get(about["subgroup"], [])[:1]]))
+
+
+def train_captioner(root, out, epochs, seed=0):
+    """Train the mini captioner on the pool and write `out` in Hugging Face's format, weights in fp16.
+
+    The image tower is the mini CLIP's and stays as it is. It learns from the other artists' emoji alone: what the five of the
+    benchmark drew for the pool is of other things than the benchmark, and a captioner would learn that, too (whatever looks
+    3d is no bird); and game icons have names of their own kind. A finished epoch is kept in data/.pretrain.
+    """
+    import open_clip
+    import torch
+    from transformers import CLIPImageProcessor, FastVlmConfig, FastVlmForConditionalGeneration, LlavaProcessor
+
+    torch.manual_seed(seed)
+    scratch, others = root / ".pretrain", SOURCES.keys() - DOMAINS.values() - {"game-icons"}
+    pairs = [(image, about) for image, about in read_pool(root) if about["set"] in others]
+    images, texts = pixels(pairs), [described(about) for _, about in pairs]
+    scratch.mkdir(exist_ok=True)
+    tokenizer = train_tokenizer(texts, 2048, "[START] $A", ["[START]", "<image>"])
+    captioner = FastVlmForConditionalGeneration(FastVlmConfig(**CAPTIONER))
+    tower = open_clip.create_model("local-dir:emoji_clip").visual.trunk
+    captioner.model.vision_tower.timm_model.load_state_dict(tower.state_dict())
+    captioner.model.vision_tower.requires_grad_(False)
+    captioner.to(memory_format=torch.channels_last)
+
+    size, mean, std = {"height": SIZE, "width": SIZE}, *(CONFIG["preprocess_cfg"][k] for k in ("mean", "std"))
+    see = CLIPImageProcessor(size=size, do_center_crop=False, resample=Image.Resampling.BICUBIC, image_mean=mean, image_std=std)
+    chat = "{% for message in messages %}{% for part in message['content'] %}{{ part.get('text', '<image>') }}{% endfor %}{% endfor %}"
+    processor = LlavaProcessor(see, tokenizer, patch_size=32, vision_feature_select_strategy="full", chat_template=chat)
+
+    made_of = hashlib.sha256(repr((CAPTIONER, epochs, seed, texts)).encode()).hexdigest()
+    keep, kept = keeper(made_of)
+    ids = tokenizer(["<image>" * 4 + text + "[END]" for text in texts], padding=True, return_tensors="pt")
+    shown = ids["input_ids"].where(ids["input_ids"] > 4, torch.where(ids["input_ids"] == 2, 2, -100))  # what is to be said
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.rand(len(texts), generator=generator) < 0.02
+    pool = (~held).nonzero()[:, 0]
+    steps = epochs * (len(pool) // 256)
+    optimizer = torch.optim.AdamW([p for p in captioner.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+
+    def loss_of(i):
+        i = i[torch.argsort(ids["attention_mask"][i].sum(1))]
+        longest = ids["attention_mask"][i].sum(1).max()
+        x, mask, target = (t[i, :longest] for t in (ids["input_ids"], ids["attention_mask"], shown))
+        return captioner(input_ids=x, attention_mask=mask, pixel_values=augment(images[i], generator), labels=target).loss
+
+    done, first = scratch / "captioner.pt", 0
+    if (state := kept(done)) is not None:
+        first = state["epoch"]
+        for part, name in (captioner, "model"), (optimizer, "optimizer"), (schedule, "schedule"):
+            part.load_state_dict(state[name])
+    for epoch in range(first, epochs):
+        generator.manual_seed(epoch)
+        captioner.train()
+        captioner.model.vision_tower.eval()  # frozen batch statistics
+        order = pool[torch.randperm(len(pool), generator=generator)]
+        for i in (bar := tqdm(order[:len(order) // 256 * 256].view(-1, 256), desc=f"captioner epoch {epoch + 1}/{epochs}")):
+            loss = loss_of(i)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        with torch.no_grad():
+            print(f"epoch {epoch + 1}: loss on {int(held.sum())} held-out drawings {loss_of(held.nonzero()[:, 0]).item():.3f}")
+        keep(done, {"epoch": epoch + 1, "model": captioner.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
+
+    captioner.half().save_pretrained(out)
+    processor.save_pretrained(out)
+    print(f"wrote {out}: {sum(p.numel() for p in captioner.parameters()) / 1e6:.1f} M parameters")
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0], epilog="Without a stage: the benchmark's image folders.")
-    parser.add_argument("stage", nargs="?", default="benchmark", choices=["benchmark", "pool", "pretrain"])
+    parser.add_argument("stage", nargs="?", default="benchmark", choices=["benchmark", "pool", "pretrain", "captioner"])
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds data sets (default: data)")
-    parser.add_argument("--out", type=Path, default=Path("emoji_clip"), help="pretrain: folder of the model (default: emoji_clip)")
-    parser.add_argument("--epochs", type=positive(int), default=12, help="pretrain: passes over the pool")
+    parser.add_argument("--out", type=Path, help="folder of the model (default: emoji_clip, emoji_captioner)")
+    parser.add_argument("--epochs", type=positive(int), help="passes over the pool (default: 12; captioner: 20)")
     parser.add_argument("--text-steps", type=positive(int), default=2000, help="pretrain: steps of 256 captions for the text tower")
     args = parser.parse_args()
     args.data.mkdir(parents=True, exist_ok=True)
@@ -639,7 +759,9 @@ def main():
         return
     write_pool(args.data)
     if args.stage == "pretrain":
-        pretrain(args.data, args.out, args.epochs, args.text_steps)
+        pretrain(args.data, args.out or Path("emoji_clip"), args.epochs or 12, args.text_steps)
+    if args.stage == "captioner":
+        train_captioner(args.data, args.out or Path("emoji_captioner"), args.epochs or 20)
 
 
 if __name__ == "__main__":

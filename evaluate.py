@@ -1,29 +1,35 @@
-"""Evaluate: the only file that reads images of target domains, and only to measure.
+"""Evaluate: the only file that reads images of target domains in order to measure.
 
-    python evaluate.py run pacs photo         # accuracies of every checkpoint of the run, added to its results.jsonl
-    python evaluate.py figure4 pacs photo     # nearest real images of synthesised features: measures and a picture
-    python evaluate.py all pacs photo         # both
+    python evaluate.py run emoji 3d --train visual --methods finetune flyp arf --alphas 0.5
+                                              # accuracies of these checkpoints, added to the run's results.jsonl
+    python evaluate.py figure4 pacs photo     # LDFS's figure 4: nearest real images of synthesised features
+    python evaluate.py curve emoji 3d         # ARF's figure 4: ID and OOD between the original and the finetuned weights
+    python evaluate.py figure5 emoji 3d       # ARF's figure 5: captions and retrieved pairs; how good the captions are
+    python evaluate.py run,curve pacs photo   # several at once
     python evaluate.py table runs/pacs-photo  # the tables, from the rows of results.jsonl alone; the others end with it
 
 ID is accuracy on held-out images of the source, OOD on each unseen domain; OOD mean is their mean over domains, and
-extended the mean of ID and OOD mean (LADS's measure). Accuracy is top-1, over images, in per cent.
+extended the mean of ID and OOD mean (LADS's measure). Unseen is accuracy on images of classes that were kept apart, in a
+domain: zero-shot ability; unseen mean is its mean over domains. Accuracy is top-1, over images, in per cent.
 """
 
 import json
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data
+from anchors import read_retrieved
 from data import fail
-from features import cached_features, encode_images, encode_texts, fingerprint, load_clip
-from finetune import INITS, add_what, checkpoint_path
+from features import cached_features, encode_batch, encode_images, encode_texts, front_features, load_clip, open_image
+from finetune import INITS, add_what, checkpoint_path, cut_frozen, parse_method
 from mapper import load_mapper
 
-METRICS = ("domain consistency", "class consistency", "unique neighbours", "accuracy")
+METRICS = ("caption quality", "domain consistency", "class consistency", "unique neighbours", "accuracy")
 
 
 def accuracy(z, labels, class_weight):
@@ -53,37 +59,91 @@ def accuracies(dataset, source, seed, features_of, class_weight, method):
     return rows
 
 
-def evaluate_run(args, dataset, run, clip, cached):
-    """Append the accuracies of zero-shot CLIP and of every checkpoint that --train, --init and --features name.
+def unseen_accuracies(dataset, seed, features_of, class_weight, method):
+    """Rows of zero-shot accuracy on a data set of kept-apart classes: in each domain, and their mean."""
+    rows = []
+    for domain, items in dataset.images.items():
+        value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), class_weight)
+        rows.append((method, f"unseen {domain}", "test", "accuracy", value, len(items), seed))
+    mean, n = statistics.mean(row[4] for row in rows), sum(row[5] for row in rows)
+    return [*rows, (method, "unseen mean", "test", "accuracy", mean, n, seed)]
 
-    cached(domain, items) gives the original model's features of a list of (path, label).
+
+def interpolate(original, tuned, alpha):
+    """θ = (1 − α) θ_original + α θ_tuned, entry by entry of two state dicts. Source: WiSE-FT (arXiv 2109.01903)."""
+    mix = {k: (1 - alpha) * original[k] + alpha * v if v.is_floating_point() else v for k, v in tuned.items()}
+    return tuned if alpha == 1 else mix
+
+
+def encoder(clip):
+    """encode(dataset, domain, items) -> z (N, d) by the weights that clip.model has at the time of the call.
+
+    What frozen stages make of a domain's images is computed at the first call and kept.
     """
-    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
-    model = fingerprint(clip)
+    kept = {}
 
-    def encoded(domain, items):
-        return encode_images(clip, dataset.folder, items, label=domain)
+    def encode(dataset, domain, items):
+        if clip.front is None:
+            return encode_images(clip, dataset.folder, items, label=domain)
+        if (dataset.name, domain) not in kept:
+            everything = dataset.images[domain]
+            features = front_features(clip, dataset.folder, everything, clip.preprocess)
+            kept[dataset.name, domain] = {path: i for i, (path, _) in enumerate(everything)}, features
+        row, features = kept[dataset.name, domain]
+        chunks = torch.tensor([row[path] for path, _ in items]).split(512)
+        return torch.cat([encode_batch(clip, features[i]).cpu() for i in chunks])
 
-    text = encode_texts(clip, data.class_texts(dataset, args.source))
+    return encode
+
+
+def evaluate_run(args, dataset, run, clip, cached):
+    """Append the accuracies of zero-shot CLIP and of every checkpoint that --train, --init and --methods name.
+
+    cached(domain, items) gives the original model's features of a list of (path, label). Each checkpoint is measured as it
+    is, and mixed with the original weights at each of --alphas; unseen classes where a tower was trained.
+    """
+    head, towers = data.class_texts(dataset, args.source), args.train != "head"
+    cut_frozen(clip, dataset, args)
+    encode, text = encoder(clip), encode_texts(clip, head)
+    original = {"head.weight": text, **{f"clip.{k}": v.cpu().clone() for k, v in clip.model.state_dict().items()}}
+    unseen = data.load(dataset.about["unseen"], args.data) if towers and "unseen" in dataset.about else None
+
+    def measure(method, seed, class_weight):
+        def features_of(domain, items):
+            return encode(dataset, domain, items) if towers else cached(domain, items)
+
+        rows = accuracies(dataset, args.source, seed, features_of, class_weight, method)
+        if unseen:
+            # CHOICE: named in the source's words, as all heads are, since it is not known what domain an image is of
+            texts = encode_texts(clip, data.class_texts(unseen, args.source))
+            rows += unseen_accuracies(unseen, seed, lambda domain, items: encode(unseen, domain, items), texts, method)
+        return rows
+
     for seed in tqdm(range(args.seeds), desc=f"evaluating ({args.train})", unit="seed"):
-        rows = accuracies(dataset, args.source, seed, cached, text, "zero-shot")
-        for features in args.features:
-            path = checkpoint_path(run, args.train, args.init, features, seed)
+        rows = measure("zero-shot", seed, text)
+        for method in args.methods:
+            path = checkpoint_path(run, args.train, args.init, method, seed)
             if not path.exists():
                 fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
             state = torch.load(path, map_location="cpu")
-            args.schedule = state["made_of"]["schedule"]
-            if state["made_of"]["model"] != model or state["epoch"] < args.schedule["epochs"]:
+            made_of = state["made_of"]
+            args.schedule, anchors = made_of["schedule"], made_of["anchors"]
+            args.lambdas = [anchors["lambda_cap"], anchors["lambda_ret"]]
+            if made_of["model"] != clip.fingerprint or state["epoch"] < args.schedule["epochs"]:
                 fail(f"{path} is unfinished, or of another model. Finish it with finetune.py, or name another --run.")
-            features_of = cached
-            if args.train != "head":
-                tuned = {k.removeprefix("clip."): v for k, v in state["modules"].items() if k.startswith("clip.")}
-                clip.model.load_state_dict(tuned)
-                features_of = encoded
-            method = "finetune" if features == "original" else features
-            rows += accuracies(dataset, args.source, seed, features_of, state["modules"]["head.weight"], method)
+            if original.keys() < state["modules"].keys() or (towers and original.keys() != state["modules"].keys()):
+                fail(f"{path} was trained with another --frozen-stages. Say the same here, or name another --run.")
+            for alpha in (1, *args.alphas):
+                mix = interpolate(original, state["modules"], alpha)
+                if towers:
+                    clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in mix.items() if k.startswith("clip.")})
+                retold = parse_method(method).contrastive or args.train == "all"  # the head is what the text tower says
+                class_weight = encode_texts(clip, head) if retold else mix["head.weight"]
+                found = measure(method if alpha == 1 else f"{method} α={alpha:g}", seed, class_weight)
+                means = (args.source, "OOD mean", "unseen mean")
+                rows += [r for r in found if alpha in (0.5, 1) or (r[1] in means and r[2] == "test")]  # the rest is a curve
         data.append_results(run, args, rows)
-        clip.model.load_state_dict(original)
+        clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in original.items() if k.startswith("clip.")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,8 +175,8 @@ def consistency(z_hat, labels, target, source):
 
 def figure4(args, dataset, run, clip, cached):
     """Append the measures above for each recipe, and draw the picture for seed 0."""
-    recipes = [f for f in args.features if f != "original"]
-    picture, model = {}, fingerprint(clip)
+    recipes = list(dict.fromkeys(r for m in args.methods if (r := parse_method(m).recipe)))
+    picture, model = {}, clip.fingerprint
     for seed in range(args.seeds):
         real = {}
         for domain in dataset.phrases:
@@ -166,6 +226,123 @@ def draw_figure4(dataset, path, sources, picture, columns=10):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# ARF's figure 4: between the original weights and the finetuned
+
+
+def curve(run):
+    """Draw ID against OOD mean, and against unseen mean, of every method along α, mean over seeds, into run/curve.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = {}  # method: {α: {domain: [value of each seed]}}
+    of_run = [r for r in read_results(run) if r["metric"] == "accuracy" and r["split"] == "test"]
+    of_run = [r for r in of_run if how(r) == how(of_run[-1])]  # of several ways of training, the last
+    for row in of_run:
+        method, _, alpha = row["method"].partition(" α=")
+        at = points.setdefault(method, {}).setdefault(float(alpha or method != "zero-shot"), {})
+        domain = "ID" if row["domain"] == row["source"] else row["domain"]
+        at.setdefault(domain, []).append(row["value"])
+    start = points.pop("zero-shot", {}).get(0)
+    if not any(len(at) > 1 for at in points.values()):
+        fail(f"{run / 'results.jsonl'} has no weights in between. Measure some: python evaluate.py run … --alphas 0.2 0.5 0.8")
+    others = [d for d in ("OOD mean", "unseen mean") if d in start]
+    figure, axes = pyplot.subplots(1, len(others), figsize=(5.2 * len(others), 4.4), squeeze=False)
+    for axis, other in zip(axes[0], others):
+        for method, at in points.items():
+            line = {a: [statistics.mean(v[d]) for d in (other, "ID")] for a, v in sorted({0: start, **at}.items())}
+            [drawn] = axis.plot(*zip(*line.values()), ".-", linewidth=1.2, markersize=4, label=method)
+            for a, marker in ((0.5, "D"), (1, "o")):
+                if a in line:
+                    axis.plot(*line[a], marker, color=drawn.get_color(), markersize=7)
+        axis.plot(*(statistics.mean(start[d]) for d in (other, "ID")), "k*", markersize=14, label="zero-shot (α = 0)")
+        axis.set(xlabel=f"{other}, accuracy in per cent", ylabel="ID, accuracy in per cent")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    seeds = len({row["seed"] for row in of_run})
+    figure.suptitle(f"From zero-shot to finetuned weights (diamond: α = 0.5, dot: α = 1; mean of {seeds} seeds)", fontsize=10)
+    figure.tight_layout()
+    data.write_atomically(run / "curve.png", lambda part: figure.savefig(part, dpi=110, format="png"))
+    pyplot.close(figure)
+    print(f"wrote {run / 'curve.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ARF's figure 5: the anchors
+
+
+def caption_quality(dataset, source, captions, z, clip):
+    """{"names the class", "names class or thing", "CLIP score"} of a caption for each of the source's images, in per cent.
+
+    Names: the class, or what people call the thing (descriptions.jsonl, where the data set has one), word for word.
+    CLIP score: mean cosine of image and caption, times 100.
+    """
+    items, path = dataset.images[source], dataset.folder / "descriptions.jsonl"
+    things = {p: row["caption"].split(", ")[0].lower() for p, row in data.read_captions(path).items()} if path.exists() else {}
+    of_class = [data.words(dataset.classes[y]) in c.lower() for (_, y), c in zip(items, captions)]
+    of_either = [a or (p in things and things[p] in c.lower()) for a, (p, _), c in zip(of_class, items, captions)]
+    score = (z * encode_texts(clip, captions)).sum(1).mean().item()
+    return {
+        "names the class": 100 * statistics.mean(of_class),
+        "names class or thing": 100 * statistics.mean(of_either),
+        "CLIP score": 100 * score,
+    }
+
+
+def figure5(args, dataset, run, clip, cached):
+    """Append how good the captions are, beside shuffled ones and people's own; draw captions and retrieved pairs."""
+    items = dataset.images[args.source]
+    z, captions = cached(args.source, items), data.captions(dataset, [path for path, _ in items])
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+    sets = {"captions": captions, "captions, shuffled": [captions[i] for i in order]}
+    people = dataset.folder / "descriptions.jsonl"
+    if people.exists():
+        own = data.read_captions(people)
+        sets["descriptions by people"] = [f"{dataset.phrases[args.source]} of {own[path]['caption']}" for path, _ in items]
+    rows = []
+    for name, texts in sets.items():
+        for measure, value in caption_quality(dataset, args.source, texts, z, clip).items():
+            rows.append((name, measure, "test", "caption quality", value, len(items), 0))
+    data.append_results(run, args, rows)
+
+    nearest = {}  # image: (score, where, text) of the best pair retrieved for it
+    for where, text, queries in read_retrieved(run):
+        for query, score in queries.items():
+            nearest[query] = max(nearest.get(query, (-1,)), (score, where, text), key=lambda found: found[0])
+    train = data.split(dataset, args.source, args.source, "train", 0)
+    mine = [path for path, _ in train if path in nearest] or [path for path, _ in train]
+    pick = torch.randperm(len(mine), generator=torch.Generator().manual_seed(0))[:10].tolist()
+    own = dict(zip((path for path, _ in items), captions))
+    draw_figure5(dataset, run / "figure5.png", [(mine[i], own[mine[i]], nearest.get(mine[i])) for i in pick])
+
+
+def draw_figure5(dataset, path, columns):
+    """Sampled training images with their captions and, below each, the retrieved pair nearest to it, with its own text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(columns), figsize=(1.5 * len(columns), 5.2), squeeze=False)
+    for (above, below), (file, caption, pair) in zip(axes.T, columns):
+        shown = [(above, file, caption, None)]
+        shown += [(below, pair[1], pair[2], pair[0])] if pair else []
+        for axis, where, text, score in shown:
+            axis.imshow(open_image(dataset.folder, where).resize((96, 96)))
+            axis.set_xlabel(textwrap.fill(text, 18, max_lines=5), fontsize=7)
+            axis.set_title("" if score is None else f"{score:.2f}", fontsize=8)
+        for axis in (above, below):
+            axis.set(xticks=[], yticks=[])
+    axes[0][0].set_ylabel("image, its caption")
+    axes[1][0].set_ylabel("nearest pair, its text")
+    figure.tight_layout(pad=0.4)
+    data.write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
@@ -188,6 +365,7 @@ def how(row):
     if row["metric"] == "accuracy":
         words += [f"--train {args['train']} --init {args['init']}"]
         words += [f"{args['schedule']['epochs']} epochs of batch {args['schedule']['batch_size']}, lr {args['schedule']['lr']}"]
+        words += ["λ_cap {}, λ_ret {}".format(*args["lambdas"])] if args["lambdas"] != [1, 1] else []
     return ", ".join(words)
 
 
@@ -195,11 +373,13 @@ def table(rows, metrics=METRICS):
     """Markdown: a block for each way of training, a line for each method, mean ± standard deviation over the seeds.
 
     "less finetune" is the OOD mean less that of plain finetuning, seed by seed: the split is the same, so this is the
-    comparison to look at, and its deviation is the noise of the comparison.
+    comparison to look at, and its deviation is the noise of the comparison. Where there is FLYP, ID, OOD mean and unseen
+    mean are compared with it, at the same α.
     """
     lines = []
     for metric in metrics:
         of_metric = [r for r in rows if r["metric"] == metric and r["split"] == "test"]
+        of_metric = [r for r in of_metric if " α=" not in r["method"] or r["method"].endswith(" α=0.5")]
         for title in dict.fromkeys(map(how, of_metric)):
             block = [r for r in of_metric if how(r) == title]
             source, seeds = block[0]["source"], len({r["seed"] for r in block})
@@ -207,20 +387,27 @@ def table(rows, metrics=METRICS):
             for r in block:
                 of.setdefault((r["method"], r["domain"]), {})[r["seed"]] = r["value"]
             methods, domains = (list(dict.fromkeys(names)) for names in zip(*of))
-            rivals = [m for m in ("finetune", "lads") if m in methods] if metric == "accuracy" else []
-            heads = ["method"] + [f"ID ({d})" if d == source else d for d in domains] + [f"less {m}" for m in rivals]
-            if metric == "accuracy":
-                heads += ["OOD mean, seed by seed"]
+            compared = {}  # heading: (domain, method)
+            if "flyp" in methods:
+                with_flyp = [d for d in (source, "OOD mean", "unseen mean") if d in domains]
+                compared = {f"{d.split()[0] if d != source else 'ID'} less flyp": (d, "flyp") for d in with_flyp}
+            elif metric == "accuracy":
+                compared = {f"less {m}": ("OOD mean", m) for m in ("finetune", "lads") if m in methods}
+            raw = [d for d in ("OOD mean", "unseen mean") if d in domains]
+            domains = [d for d in domains if not d.startswith("unseen ") or d == "unseen mean"]
+            heads = ["method"] + [f"ID ({d})" if d == source else d for d in domains] + [*compared]
+            heads += [f"{d}, seed by seed" for d in raw]
             lines += [f"{title}: {metric} in per cent, {seeds} seed{'s'[:seeds - 1]}", ""]
             lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
             for method in methods:
                 cells = [method] + [mean_and_deviation([*of.get((method, d), {}).values()]) or "not run" for d in domains]
-                ood = of.get((method, "OOD mean"), {})
-                for rival in rivals:
-                    other = of.get((rival, "OOD mean"), {}) if rival != method else {}
-                    cells += [mean_and_deviation([ood[s] - other[s] for s in ood.keys() & other.keys()])]
-                if metric == "accuracy":
-                    cells += [" ".join(f"{value:.1f}" for _, value in sorted(ood.items()))]
+                alpha = method[method.find(" α"):] if " α" in method else ""
+                for domain, rival in compared.values():
+                    mine, other = of.get((method, domain), {}), of.get((rival + alpha, domain), {})
+                    both = mine.keys() & other.keys() if method != rival + alpha else ()
+                    cells += [mean_and_deviation([mine[s] - other[s] for s in both])]
+                for domain in raw:
+                    cells += [" ".join(f"{value:.1f}" for _, value in sorted(of.get((method, domain), {}).items()))]
                 lines += ["| " + " | ".join(cells) + " |"]
             lines += [""]
     return "\n".join(lines)
@@ -236,11 +423,14 @@ def mean_and_deviation(values):
 def main():
     if len(sys.argv) > 2 and sys.argv[1] == "table":
         return print("\n".join(table(read_results(run)) for run in sys.argv[2:]))
-    if len(sys.argv) < 2 or sys.argv[1] not in ("run", "figure4", "all"):
-        fail("say what to do: python evaluate.py run|figure4|all DATASET SOURCE, or python evaluate.py table runs/…")
+    stages = {"run": evaluate_run, "figure4": figure4, "figure5": figure5, "curve": None}
+    wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else []
+    if not wanted or not {*wanted} <= {*stages}:
+        fail(f"say what to do: python evaluate.py {'|'.join(stages)} DATASET SOURCE, or python evaluate.py table runs/…")
     parser = data.arguments(__doc__)
     parser.prog = f"evaluate.py {sys.argv[1]}"
     add_what(parser)
+    parser.add_argument("--alphas", nargs="*", type=float, default=[], help="also mix in the original weights: 0.1 0.2 …")
     args = parser.parse_args(sys.argv[2:])
     args.init = args.init or INITS[args.train]
     dataset, run = data.prepare(args)
@@ -252,10 +442,11 @@ def main():
         row, z = cache[domain]
         return z[[row[p] for p, _ in items]]
 
-    if sys.argv[1] != "figure4":
-        evaluate_run(args, dataset, run, clip, cached)
-    if sys.argv[1] != "run":
-        figure4(args, dataset, run, clip, cached)
+    for name in wanted:
+        if name == "curve":
+            curve(run)
+        else:
+            stages[name](args, dataset, run, clip, cached)
     tables = table(read_results(run))
     data.write_atomically(run / "table.md", lambda part: part.write_text(tables))
     print(tables)

@@ -1,7 +1,9 @@
 """CLIP, and what it makes of images and texts: load a model, encode, and cache the features of a data set."""
 
+import datetime
 import difflib
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ class Clip:
     tokenizer: object
     device: torch.device
     name: str
+    fingerprint: str = ""  # a hash of all that makes its features; see load_clip
+    front: torch.nn.Module | None = None  # the frozen stages that freeze_stages cut off, if any
 
     @property
     def logit_scale(self):
@@ -52,7 +56,7 @@ def load_clip(args, dataset):
 
     Exits with status 2 when the name, the tag or the folder does not exist or the weights cannot be had.
     """
-    name = args.model or dataset.model or DEFAULT_MODEL
+    name = args.model or dataset.about.get("model") or DEFAULT_MODEL
     pretrained = None
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
@@ -67,7 +71,7 @@ def load_clip(args, dataset):
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags and not Path(pretrained).is_file():
             fail(f"--pretrained {pretrained}: no such weights of {name}. There are: {', '.join(tags) or 'none'}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = the_device()
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
             name, pretrained, device=device, aug_cfg={"scale": (0.9, 1.0)}  # FLYP's mild random crop, no flip
@@ -89,15 +93,68 @@ def load_clip(args, dataset):
     # Frozen until finetune.py says otherwise: PyTorch's attention rounds differently where a weight wants a gradient.
     # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a
     # few hundred images of one domain would overwrite its statistics; alternative: train mode.
-    return Clip(model.eval().requires_grad_(False), preprocess, augment, tokenizer, device, name)
+    clip = Clip(model.eval().requires_grad_(False), preprocess, augment, tokenizer, device, name)
+    clip.fingerprint = fingerprint(clip)
+    return clip
+
+
+def ranks():
+    """(rank, number of processes) under torchrun, whose process group is joined at the first call; (0, 1) without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        # ranks meet after work of uneven length (captions of a whole data set): wait for each other for a week
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    return int(os.environ.get("RANK", 0)), world
+
+
+def the_device():
+    """This process's GPU where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def freeze_stages(clip, stages):
+    """Cut the first `stages` stages off the image tower: they become clip.front, and clip.model takes their output.
+
+    They are never trained, so what they make of an image need be computed once (`front_features`): on a CPU they are most
+    of the work. For towers of timm's EfficientNet family; exits with status 2 at any other, or at too many stages.
+    """
+    if not stages:
+        return
+    trunk = getattr(clip.model.visual, "trunk", None)
+    if not all(hasattr(trunk, part) for part in ("conv_stem", "bn1", "blocks")):
+        fail(f"{clip.name}: only towers of timm's EfficientNet family can be frozen by stages. Set the schedule's frozen to 0.")
+    if stages > len(trunk.blocks):
+        fail(f"{clip.name}: cannot freeze {stages} stages of {len(trunk.blocks)}. Lower the schedule's frozen.")
+    clip.model.to(memory_format=torch.channels_last)  # twice as fast for depthwise convolutions on a CPU
+    clip.front = torch.nn.Sequential(trunk.conv_stem, trunk.bn1, *trunk.blocks[:stages])
+    trunk.conv_stem = trunk.bn1 = torch.nn.Identity()
+    for i in range(stages):
+        trunk.blocks[i] = torch.nn.Identity()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encode
 
 
+def open_image(folder, where):
+    """RGB image of `where`: a path relative to `folder`, or (path of a tar, offset, size) of a member of an archive."""
+    if isinstance(where, str):
+        file = folder / where
+    else:
+        tar, offset, size = where
+        with open(tar, "rb") as archive:
+            archive.seek(offset)
+            file = io.BytesIO(archive.read(size))
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
 class Images(torch.utils.data.Dataset):
-    """(image tensor, label) for each of `items`, a list of (path relative to `folder`, label)."""
+    """(image tensor, label) for each of `items`, a list of (where, label); see open_image for `where`."""
 
     def __init__(self, folder, items, transform):
         self.folder, self.items, self.transform = folder, items, transform
@@ -106,35 +163,45 @@ class Images(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, i):
-        path, label = self.items[i]
+        where, label = self.items[i]
         try:
-            with Image.open(self.folder / path) as image:
-                return self.transform(image.convert("RGB")), label
+            return self.transform(open_image(self.folder, where)), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises at broken files
-            # a worker process cannot stop the program with a clear line, so the name travels to the main one
-            return None, str(self.folder / path)
+            return None, label  # a worker process cannot stop the program with a clear line: the main one will
 
 
 def collate(batch):
-    """A batch of tensors; or, where an image could not be read, its name."""
-    bad = [name for image, name in batch if image is None]
-    return bad[0] if bad else torch.utils.data.default_collate(batch)
+    """Images (B, C, H, W) or None, their labels (B,), and the labels of images that could not be read."""
+    good = [(image, label) for image, label in batch if image is not None]
+    images, labels = torch.utils.data.default_collate(good) if good else (None, None)
+    return images, labels, [label for image, label in batch if image is None]
 
 
-def image_batches(folder, items, transform, batch_size, device, generator=None):
-    """Yield (images (B, 3, H, W), labels (B,)) on `device`; shuffled by `generator` if one is given.
+def image_batches(folder, items, transform, batches, device, unreadable=None):
+    """Yield (images (B, 3, H, W), labels (B,)) on `device` for each of `batches`, lists of indices into `items`.
 
-    Exits with status 2 at an unreadable image, naming it.
+    At an unreadable image it exits with status 2, naming it; or, given a list `unreadable`, adds its label to that and goes on.
     """
     gpu = device.type == "cuda"
     loader = torch.utils.data.DataLoader(
-        Images(folder, items, transform), batch_size, shuffle=generator is not None, generator=generator,
+        Images(folder, [(where, i) for i, (where, _) in enumerate(items)], transform), batch_sampler=batches,
         collate_fn=collate, num_workers=min(8, os.cpu_count()) if gpu else 0, pin_memory=gpu,
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            fail(f"{batch}: not a readable image. Replace or remove it.")
-        yield [part.to(device, non_blocking=True) for part in batch]
+    for images, rows, bad in loader:
+        if bad and unreadable is None:
+            where = items[bad[0]][0]
+            name = folder / where if isinstance(where, str) else f"{where[0]}, byte {where[1]}"
+            fail(f"{name}: not a readable image. Replace or remove it.")
+        if bad:
+            unreadable += [items[i][1] for i in bad]
+        if images is not None:
+            labels = torch.tensor([items[i][1] for i in rows.tolist()])
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def in_order(n, batch_size):
+    """Batches of the indices 0 … n-1, in their order."""
+    return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]
 
 
 @torch.no_grad()
@@ -142,12 +209,29 @@ def encode_images(clip, folder, items, batch_size=256, label="images"):
     """z: (N, d) L2-normalised float32 features of `items` on the CPU, in their order."""
     features = []
     with tqdm(total=len(items), desc=f"encoding {label}", unit="img") as bar:
-        for images, _ in image_batches(folder, items, clip.preprocess, batch_size, clip.device):
-            with autocast(clip.device):
-                z = clip.model.encode_image(images)
-            features.append(torch.nn.functional.normalize(z.float(), dim=-1).cpu())
+        for images, _ in image_batches(folder, items, clip.preprocess, in_order(len(items), batch_size), clip.device):
+            if clip.front:
+                with autocast(clip.device):
+                    images = clip.front(images)
+            features.append(encode_batch(clip, images).cpu())
             bar.update(len(images))
     return torch.cat(features)
+
+
+@torch.no_grad()
+def encode_batch(clip, images):
+    """z: (B, d) L2-normalised float32 features of what clip.model takes: image tensors, or what clip.front makes of them."""
+    with autocast(clip.device):
+        z = clip.model.encode_image(images)
+    return torch.nn.functional.normalize(z.float(), dim=-1)
+
+
+@torch.no_grad()
+def front_features(clip, folder, items, transform, batch_size=128):
+    """What clip.front makes of `items`, in their order: (N, c, h, w) on the model's device."""
+    batches = image_batches(folder, items, transform, in_order(len(items), batch_size), clip.device)
+    with autocast(clip.device):
+        return torch.cat([clip.front(images) for images, _ in batches])
 
 
 @torch.no_grad()
@@ -181,7 +265,7 @@ def cached_features(clip, dataset, domain, run):
     """
     items = dataset.images[domain]
     stats = [(path, (s := (dataset.folder / path).stat()).st_size, s.st_mtime_ns) for path, _ in items]
-    made_of = (fingerprint(clip), str(dataset.folder.resolve()), stats)
+    made_of = (clip.fingerprint, str(dataset.folder.resolve()), stats)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
     path = run.parent / ".features" / f"{dataset.name}-{domain}-{key}.pt"
     if path.exists():

@@ -1,13 +1,15 @@
-"""Step 2: finetune CLIP on the source domain, on original and on synthesised features. One loop for everything.
+"""Finetune CLIP on the source domain: LDFS's step 2, FLYP, ARF. One loop for everything.
 
-    python finetune.py pacs photo --train head --features original lads ldfs
-    python finetune.py pacs photo --train visual --features original ldfs
+    python finetune.py pacs photo --train head --methods finetune lads ldfs
+    python finetune.py pacs photo --train visual --methods finetune flyp flyp+captions flyp+retrieved arf arf+ldfs
+    torchrun --nproc-per-node 8 -- finetune.py …       # the batch is split over eight GPUs
 
---train says what is trained, --features what it is fed. No image of a target domain is read here, and no result chooses
-anything: the last step is what is kept. Each checkpoint goes to runs/…/checkpoints/; a killed run goes on after the last
-finished epoch of a tower, or the last finished head.
+--train says what is trained, --methods with which losses. No image of a target domain is read here, and no result
+chooses anything: the last step is what is kept. Each checkpoint goes to runs/…/checkpoints/; a killed run goes on after
+the last finished epoch of a tower, or the last finished head.
 """
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -16,9 +18,10 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import data
+from anchors import load_retrieved
 from data import fail
-from features import autocast, cached_features, encode_texts, fingerprint, image_batches, load_clip
-from losses import class_consistency
+from features import autocast, cached_features, encode_texts, freeze_stages, front_features, image_batches, load_clip, ranks
+from losses import class_consistency, clip_contrastive
 from mapper import load_mapper, parse_recipe
 
 
@@ -47,6 +50,47 @@ SCHEDULES = {
 INITS = {"head": "scratch", "visual": "text", "all": "text"}
 
 
+@dataclass(frozen=True)
+class Method:
+    """Which losses: cross-entropy or, if `contrastive`, CLIP's own on class prompts (FLYP), and what is added to them."""
+
+    contrastive: bool = False
+    captions: bool = False    # ARF's text-compensated anchors
+    retrieved: bool = False   # ARF's image-text anchors
+    recipe: str | None = None  # of mapper.py: LADS's or LDFS's synthesised features
+
+
+def parse_method(text):
+    """Method of "finetune", "lads", "ldfs:sigma=0", "flyp", "flyp+captions", "flyp+retrieved", "arf" (both), "arf+ldfs".
+
+    Exits with status 2 at any other.
+    """
+    first, *more = text.split("+")
+    if first == "arf":
+        first, more = "flyp", ["captions", "retrieved", *more]
+    if first not in ("finetune", "flyp"):
+        more = [first, *more]
+    recipes = [part for part in more if part not in ("captions", "retrieved")]
+    if len(recipes) > 1 or (first != "flyp" and len(recipes) < len(more)):
+        fail(f"--methods {text}: anchors go with flyp, and one recipe at most with anything: flyp+captions, arf+ldfs.")
+    for recipe in recipes:
+        parse_recipe(recipe)
+    return Method(first == "flyp", "captions" in more, "retrieved" in more, *recipes)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What ARF's two losses are made of, and their weights λ_cap, λ_ret.
+
+    captions: one text for each training image, in their order. retrieved: [(where, text)]; see features.open_image.
+    """
+
+    captions: list = ()
+    retrieved: list = ()
+    lambda_cap: float = 1.0
+    lambda_ret: float = 1.0
+
+
 def lr_at(step, steps, schedule):
     """Learning rate at `step` of `steps`: up in a line, down in a cosine to 0."""
     warm = max(1, round(schedule.warmup * steps))
@@ -70,18 +114,81 @@ def step_loss(features, labels, class_weight, logit_scale):
     return sum(class_consistency(x, class_weight, labels, logit_scale) for x in features)
 
 
-def finetune(clip, dataset, source, seed, train, mappers, schedule, init, run, checkpoint, made_of):
+def arf_loss(features, prompts, captions, retrieved, logit_scale, anchors):
+    """L = L_cl + λ_cap L_cap + λ_ret L_ret, each the contrastive loss L_con over the batches of all processes.
+
+    features: [z, ẑ^1 … ẑ^K], each (B, d): FLYP's L_cl = L_con(z, prompts); with LDFS's features + Σ_k L_con(ẑ^k, prompts).
+    prompts: (B, d) texts of the images' classes. captions: (B, d) or None. retrieved: (images, texts), (B', d) each, or None.
+    Source: ARF, figure 2.
+    CHOICE: λ_cap = λ_ret = 1; alternative: --lambda-cap, --lambda-ret. CHOICE: a synthesised feature is contrasted with the
+    prompts in the source's words, as in LDFS's L_2; alternative: in the words of its domain.
+    """
+    pairs = [(1, z, prompts) for z in features]
+    if captions is not None:
+        pairs += [(anchors.lambda_cap, features[0], captions)]  # the image, encoded once, with its second text
+    if retrieved is not None:
+        pairs += [(anchors.lambda_ret, *retrieved)]
+    return sum(weight * clip_contrastive(gathered(z), gathered(text), logit_scale) for weight, z, text in pairs)
+
+
+def gathered(x):
+    """The rows (B, d) of all processes, (world size · B, d), with gradients to each process's own."""
+    return torch.cat(torch.distributed.nn.functional.all_gather(x)) if ranks()[1] > 1 else x
+
+
+def average_gradients(parameters):
+    """What DistributedDataParallel does, in the open: the mean over processes of each gradient."""
+    if ranks()[1] > 1:
+        for p in parameters:
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= ranks()[1]
+
+
+def passes(n, batch_size, seed):
+    """Batches of indices below n, without end: one shuffled pass after another."""
+    generator = torch.Generator().manual_seed(seed)
+    stream = itertools.chain.from_iterable(torch.randperm(n, generator=generator).tolist() for _ in itertools.count())
+    while True:
+        yield list(itertools.islice(stream, batch_size))
+
+
+def shares(batches):
+    """This process's part of each batch, all of one size: up to (processes - 1) images of a batch are left out."""
+    rank, world = ranks()
+    return [batch[:len(batch) // world * world][rank::world] for batch in batches if len(batch) >= world]
+
+
+def views(clip, folder, items, batches, key, kept):
+    """Yield (augmented images, indices into `items`) for each of `batches`.
+
+    Where stages are frozen, it is their output instead, kept in `kept[key]` for all methods that see the same views; these
+    hang on key = (seed, epoch, what) alone.
+    """
+    items = [(where, i) for i, (where, _) in enumerate(items)]
+    if clip.front is None:
+        yield from image_batches(folder, items, clip.augment, batches, clip.device)
+    else:
+        if key not in kept:
+            torch.manual_seed(1000 * key[0] + key[1])
+            kept[key] = front_features(clip, folder, items, clip.augment)
+        for batch in batches:
+            yield kept[key][batch], torch.tensor(batch)
+
+
+def finetune(clip, dataset, source, seed, train, method, mappers, anchors, schedule, init, run, checkpoint, made_of, kept):
     """Finetune `clip` in place; writes `checkpoint`, and goes on from it if it was `made_of` the same.
 
     train: "head" (linear head on cached features), "visual" (image tower and head) or "all" (both towers and the logit
     scale; the head is what the text tower makes of the class prompts). init: "text" or "scratch", the head's start.
+    kept: a dict for what `views` keeps; runs of one seed may share it.
     Raises FloatingPointError at a loss that is not finite, naming the step.
     """
     items = data.split(dataset, source, source, "train", seed)
     labels_all = torch.tensor([y for _, y in items], device=clip.device)
-    prompts = data.class_texts(dataset, source)
+    class_texts = data.class_texts(dataset, source)
     clip.model.requires_grad_(False)
-    class_text = encode_texts(clip, prompts).to(clip.device)
+    class_text = encode_texts(clip, class_texts).to(clip.device)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(class_text.shape, generator=generator) / class_text.shape[1] ** 0.5  # rows of about unit norm
     head = nn.Linear(*reversed(class_text.shape), bias=False, device=clip.device)
@@ -93,10 +200,20 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, run, c
         row, z_all = cached_features(clip, dataset, source, run)
         z_all = z_all[[row[p] for p, _ in items]].to(clip.device)
         features_all = torch.stack(with_synthesised(z_all, mappers), dim=1)  # (N, 1 + K, d), made once: nothing moves
-    else:
-        tokens = clip.tokenizer(prompts).to(clip.device)
+    class_tokens = clip.tokenizer(class_texts).to(clip.device)
+    prompt_tokens = torch.stack([clip.tokenizer(texts) for texts in data.prompts(dataset, source)]).to(clip.device)  # (T, C, L)
 
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    def encode_image(x):
+        with autocast(clip.device):
+            z = model.encode_image(x, normalize=True)
+        return z.float()  # losses in float32: bfloat16 logits of 100 are steps of a half
+
+    def encode_text(tokens):
+        with autocast(clip.device):
+            t = model.encode_text(tokens.to(clip.device), normalize=True)
+        return t.float()
+
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     modules = nn.ModuleDict({"head": head} if train == "head" else {"head": head, "clip": model})
     steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
     steps, first = schedule.epochs * steps_per_epoch, 0
@@ -105,103 +222,153 @@ def finetune(clip, dataset, source, seed, train, mappers, schedule, init, run, c
         first = state["epoch"]
         if first < schedule.epochs:
             optimizer.load_state_dict(state["optimizer"])
+    retrieved_order = passes(len(anchors.retrieved), schedule.batch_size, seed)
+    retrieved_order = itertools.islice(retrieved_order, first * steps_per_epoch if method.retrieved else 0, None)
 
     epochs = range(first, schedule.epochs)
-    bar = tqdm(epochs, checkpoint.stem, initial=first, total=schedule.epochs, unit="epoch", leave=False)
+    bar = tqdm(epochs, checkpoint.stem, initial=first, total=schedule.epochs, unit="epoch", leave=False, disable=ranks()[0] > 0)
     for epoch in bar:
         # order and augmentation hang on (seed, epoch) alone: a resumed run is the uninterrupted one (on a CPU to the bit)
         torch.manual_seed(1000 * seed + epoch)
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(len(items), generator=generator).split(schedule.batch_size)
+        order = shares([batch.tolist() for batch in order])
         if train == "head":
-            order = torch.randperm(len(items), generator=generator).split(schedule.batch_size)
-            batches = ((features_all[i].unbind(1), labels_all[i]) for i in order)
+            batches = ((features_all[i].unbind(1), torch.tensor(i)) for i in order)
         else:
-            batches = image_batches(dataset.folder, items, clip.augment, schedule.batch_size, clip.device, generator)
-        for i, (x, labels) in enumerate(batches):
+            batches = views(clip, dataset.folder, items, order, (seed, epoch, "images"), kept)
+        if method.retrieved:
+            batches_of = shares(itertools.islice(retrieved_order, steps_per_epoch))
+            retrieved_views = views(clip, dataset.folder, anchors.retrieved, batches_of, (seed, epoch, "retrieved"), kept)
+        for i, (x, rows) in enumerate(batches):
             step = epoch * steps_per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, schedule)
-            features, weight = x, head.weight
-            if train != "head":
-                # CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so that ẑ stays
-                # a synthesis of this z; alternative: ẑ of the original z, which the tower then leaves behind.
-                with autocast(clip.device):
-                    z = model.encode_image(x, normalize=True)
-                features = with_synthesised(z.float(), mappers)
+            # CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so that ẑ stays a
+            # synthesis of this z; alternative: ẑ of the original z, which the tower then leaves behind.
+            features = x if train == "head" else with_synthesised(encode_image(x), mappers)
+            labels, weight = labels_all[rows], head.weight
             if train == "all":
-                with autocast(clip.device):
-                    weight = model.encode_text(tokens, normalize=True)
-                weight, scale = weight.float(), model.logit_scale.exp()
-            loss = step_loss(features, labels, weight, scale)  # in float32: bfloat16 logits of 100 are steps of a half
+                scale = model.logit_scale.exp()
+            if method.contrastive:
+                template = torch.randint(len(prompt_tokens), labels.shape, generator=generator).to(clip.device)
+                used, back = torch.stack([template, labels]).unique(dim=1, return_inverse=True)  # each prompt encoded once
+                prompts, captions, retrieved = encode_text(prompt_tokens[used[0], used[1]])[back], None, None
+                if method.captions:
+                    captions = encode_text(clip.tokenizer([anchors.captions[row] for row in rows.tolist()]))
+                if method.retrieved:
+                    x, rows = next(retrieved_views)
+                    texts = clip.tokenizer([anchors.retrieved[row][1] for row in rows.tolist()])
+                    retrieved = encode_image(x), encode_text(texts)
+                loss = arf_loss(features, prompts, captions, retrieved, scale, anchors)
+            else:
+                if train == "all":
+                    weight = encode_text(class_tokens)
+                loss = step_loss(features, labels, weight, scale)
             if not loss.isfinite():
                 raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}")
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(parameters)
             optimizer.step()
             if train == "all":
                 model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
         bar.set_postfix(loss=f"{loss.item():.3f}")
         done = epoch + 1 == schedule.epochs
         if done and train == "all":
-            head.weight.data = encode_texts(clip, prompts).to(clip.device)
-        if done or train != "head":  # a head is done in seconds: only its end is worth a file
+            head.weight.data = encode_texts(clip, class_texts).to(clip.device)
+        if ranks()[0] == 0 and (done or train != "head"):  # a head is done in seconds: only its end is worth a file
             state = {"modules": modules.state_dict(), "epoch": epoch + 1, "made_of": made_of}
             if not done:
                 state["optimizer"] = optimizer.state_dict()
             data.write_atomically(checkpoint, lambda part: torch.save(state, part))
 
 
-def checkpoint_path(run, train, init, features, seed):
-    return run / "checkpoints" / f"{train}-{init}-{features}-seed{seed}.pt"
+def checkpoint_path(run, train, init, method, seed):
+    return run / "checkpoints" / f"{train}-{init}-{method}-seed{seed}.pt"
 
 
 def add_what(parser):
     """The arguments that name checkpoints, for finetune.py and evaluate.py."""
     add = parser.add_argument
-    add("--train", choices=SCHEDULES, default="head", help="linear head, image tower and head, or both towers")
+    add("--train", choices=SCHEDULES, default="head",
+        help="linear head, image tower and head, or both towers; flyp and arf train both in any case but head")
     add("--init", choices=["text", "scratch"], help="the head starts as the class prompts, or random (default: see INITS)")
-    add("--features", nargs="+", default=["original", "lads", "ldfs"], help="recipes of mapper.py to add, or original")
+    add("--frozen-stages", type=int, help="stages of the image tower that stay as they are (default: the data set's, else 0)")
+    add("--methods", nargs="+", default=["finetune", "lads", "ldfs"], help="finetune lads ldfs flyp arf …; see parse_method")
+
+
+def cut_frozen(clip, dataset, args):
+    """Cut off as many stages of the image tower as --frozen-stages or the data set says; their number."""
+    stages = dataset.about.get("frozen_stages", 0) if args.frozen_stages is None else args.frozen_stages
+    stages = 0 if args.train == "head" else stages
+    freeze_stages(clip, stages)
+    return stages
 
 
 def main():
     parser = data.arguments(__doc__)
     add_what(parser)
-    parser.add_argument("--epochs", type=data.positive(int), help="passes over the training images (default: see SCHEDULES)")
-    parser.add_argument("--batch-size", type=data.positive(int), help="images a step (default: see SCHEDULES)")
-    parser.add_argument("--lr", type=data.positive(float), help="peak learning rate (default: see SCHEDULES)")
+    add = parser.add_argument
+    add("--epochs", type=data.positive(int), help="passes over the training images (default: see SCHEDULES)")
+    add("--batch-size", type=data.positive(int), help="images a step (default: see SCHEDULES)")
+    add("--lr", type=data.positive(float), help="peak learning rate (default: see SCHEDULES)")
+    add("--lambda-cap", type=data.positive(float), default=1.0, help="weight of ARF's caption loss (default: 1)")
+    add("--lambda-ret", type=data.positive(float), default=1.0, help="weight of ARF's loss on retrieved pairs (default: 1)")
     args = parser.parse_args()
-    for features in args.features:
-        if features != "original":
-            parse_recipe(features)
+    methods = {name: parse_method(name) for name in args.methods}
+    if args.train == "head" and any(m.contrastive for m in methods.values()):
+        fail("flyp and arf train the towers. Say --train visual, or --train all.")
     dataset, run = data.prepare(args)
     init = args.init or INITS[args.train]
     flags = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
-    try:
-        schedule = replace(SCHEDULES[args.train], **{**dataset.schedules.get(args.train, {}), **flags})
-    except TypeError:
-        fail(f"{dataset.folder / 'dataset.json'}: a schedule has only {', '.join(f.name for f in fields(Schedule))}.")
-    clip = load_clip(args, dataset)
-    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
-    model = fingerprint(clip)
-
-    jobs = [(seed, features) for seed in range(args.seeds) for features in args.features]
-    for seed, features in (bar := tqdm(jobs, desc=f"finetuning ({args.train})", unit="run")):
-        bar.set_postfix_str(f"{features}, seed {seed}")
-        targets = dataset.targets(args.source) if features != "original" else []
-        mappers = [load_mapper(run, features, domain, seed, model, clip.device) for domain in targets]
-        made_of = {
-            "schedule": asdict(schedule),
-            "model": model,
-            "images": data.split(dataset, args.source, args.source, "train", seed),
-            "prompts": data.class_texts(dataset, args.source),
-            "mappers": data.digest(p for m in mappers for p in m.parameters()),
-        }
-        path = checkpoint_path(run, args.train, init, features, seed)
-        clip.model.load_state_dict(original)
+    schedules = {}
+    for train in SCHEDULES:
         try:
-            finetune(clip, dataset, args.source, seed, args.train, mappers, schedule, init, run, path, made_of)
+            schedules[train] = replace(SCHEDULES[train], **{**dataset.about.get("schedules", {}).get(train, {}), **flags})
+        except TypeError:
+            fail(f"{dataset.folder / 'dataset.json'}: a schedule has only {', '.join(f.name for f in fields(Schedule))}.")
+    rank, world = ranks()
+    clip = load_clip(args, dataset)
+    cut = cut_frozen(clip, dataset, args)
+    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
+
+    jobs = [(seed, name) for seed in range(args.seeds) for name in methods]
+    kept = {}
+    for seed, name in (bar := tqdm(jobs, desc=f"finetuning ({args.train})", unit="run", disable=rank > 0)):
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        method, items = methods[name], data.split(dataset, args.source, args.source, "train", seed)
+        train = "all" if method.contrastive else args.train
+        targets = dataset.targets(args.source) if method.recipe else []
+        mappers = [load_mapper(run, method.recipe, domain, seed, clip.fingerprint, clip.device) for domain in targets]
+        anchors = Anchors(
+            data.captions(dataset, [path for path, _ in items]) if method.captions else (),
+            load_retrieved(run, dataset, items) if method.retrieved else (),
+            args.lambda_cap, args.lambda_ret,
+        )
+        made_of = {
+            "schedule": asdict(schedules[train]),
+            "frozen stages": cut,
+            "model": clip.fingerprint,
+            "images": items,
+            "prompts": data.prompts(dataset, args.source),
+            "mappers": data.digest(p for m in mappers for p in m.parameters()),
+            "anchors": asdict(anchors),
+        }
+        path = checkpoint_path(run, args.train, init, name, seed)
+        clip.model.load_state_dict(original)
+        if any(key[0] != seed for key in kept):
+            kept.clear()
+        try:
+            finetune(
+                clip, dataset, args.source, seed, train, method, mappers, anchors,
+                schedules[train], init, run, path, made_of, kept,
+            )
         except FloatingPointError as error:
             fail(f"{error}. Try a lower --lr; what is finished is kept.")
+    if world > 1:
+        torch.distributed.barrier()  # no process leaves while another still needs it
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import data
 from data import fail
-from features import cached_features, encode_texts, fingerprint, load_clip
+from features import cached_features, encode_texts, load_clip
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
 
 
@@ -169,14 +169,14 @@ def main():
     class_text = encode_texts(clip, data.class_texts(dataset, args.source))
 
     jobs = [(seed, domain, name) for seed in range(args.seeds) for domain in targets for name in recipes]
-    model = fingerprint(clip)
     seen = {}  # (recipe, target): statistics of every seed
     for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper")):
         bar.set_postfix_str(f"{name} -> {domain}, seed {seed}")
         i = torch.tensor([row[p] for p, _ in data.split(dataset, args.source, args.source, "train", seed)])
         text_source, text_target = (texts[recipes[name].direction, d][i] for d in (args.source, domain))
         tensors = [x.to(clip.device) for x in (z_all[i], labels_all[i], text_source, text_target, class_text)]
-        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "data": data.digest(tensors), "model": model}
+        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "data": data.digest(tensors)}
+        made_of["model"] = clip.fingerprint
         path = mapper_path(run, name, domain, seed)
         state = torch.load(path) if path.exists() else None
         if state is None or state["made_of"] != made_of:

@@ -49,8 +49,8 @@ def test_what_is_trained_on_is_in_no_test_part_of_any_style(tiny_data):
 
 def test_words():
     assert data.words("Alarm_Clock") == "alarm clock"
-    nouns = ["dog", "elephant", "grapes", "glass of milk", "Santa Claus"]
-    assert [data.article(n) for n in nouns] == ["a dog", "an elephant", "grapes", "a glass of milk", "Santa Claus"]
+    nouns = ["dog", "elephant", "grapes", "glass of milk", "Santa Claus", "bus"]
+    assert [data.article(n) for n in nouns] == ["a dog", "an elephant", "grapes", "a glass of milk", "Santa Claus", "a bus"]
 
 
 def test_prompts_carry_each_images_own_caption(tiny_data):
@@ -138,11 +138,28 @@ def test_features_are_unit_norm_in_order_and_of_each_text_its_own(tiny_data, tin
     assert torch.equal(t[0], t[2]) and not torch.allclose(t[0], t[1])
 
 
+@pytest.mark.parametrize("caption, content", [
+    ("a photo of two dogs", "two dogs"), ("a black and white sketch of a dog", "a dog"), ("A 3D render of an ox", "an ox"),
+    ("a man taking a photo of a dog", "a man taking a photo of a dog"), ("a photo", "a photo"), ("a dog", "a dog"),
+])
+def test_a_captions_own_medium_is_cut_off(caption, content):
+    assert data.MEDIUM.sub("", caption) == content
+
+
+def test_flyps_prompts_come_from_the_templates(tiny_data):
+    assert data.prompts(data.load("tiny", tiny_data), "photo") == [data.class_texts(data.load("tiny", tiny_data), "photo")]
+    about = tiny_data / "tiny" / "dataset.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"templates": {"photo": ["{} in a photo", "{}."]}}))
+    texts = data.prompts(data.load("tiny", tiny_data), "photo")
+    assert [t[2] for t in texts] == ["a red house in a photo", "a red house."]
+
+
 def test_the_cache_is_keyed_by_weights_preprocessing_and_images(tiny_data, tiny_clip, tmp_path):
     dataset = data.load("tiny", tiny_data)
     clip = load_clip(tiny_clip, dataset)
 
     def files():
+        clip.fingerprint = features.fingerprint(clip)
         features.cached_features(clip, dataset, "photo", tmp_path / "run")
         return len(list((tmp_path / ".features").iterdir()))
 

@@ -82,7 +82,7 @@ def test_benchmark_and_pool_share_no_image(packages, monkeypatch):
 def test_captions_say_more_than_the_label(packages, monkeypatch):
     monkeypatch.setattr("sys.argv", ["emoji.py", "--data", str(packages)])
     emoji.main()
-    rows = [json.loads(line) for line in (packages / "emoji" / "captions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (packages / "emoji" / "descriptions.jsonl").read_text().splitlines()]
     assert {"path": "3d/animal/1f994.png", "caption": "a hedgehog, spiny"} in rows
 
 

@@ -37,7 +37,7 @@ def test_consistency_of_known_neighbours():
     assert got == {"domain consistency": 50, "class consistency": 50, "unique neighbours": 50}
 
 
-ARGS = {"train": "head", "init": "text", "model": "m", "schedule": {"epochs": 2, "batch_size": 8, "lr": 0.1}}
+ARGS = {"train": "head", "init": "text", "model": "m", "schedule": {"epochs": 2, "batch_size": 8, "lr": 0.1}, "lambdas": [1, 1]}
 
 
 def write(run, *rows):
@@ -78,10 +78,10 @@ def test_unfinished_or_foreign_checkpoints_are_refused(tiny_data, tiny_clip, tmp
     import finetune
 
     common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
-    common += ["--features", "original"]
+    common += ["--methods", "finetune"]
     monkeypatch.setattr("sys.argv", ["finetune.py", *common, "--epochs", "1"])
     finetune.main()
-    path = tmp_path / "run" / "checkpoints" / "head-scratch-original-seed0.pt"
+    path = tmp_path / "run" / "checkpoints" / "head-scratch-finetune-seed0.pt"
     whole = torch.load(path)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *common])
     for broken in (whole | {"epoch": 0}, whole | {"made_of": whole["made_of"] | {"model": "another"}}):

@@ -27,7 +27,7 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
     script("run_ldfs.sh", "tiny", "photo", *options)
     assert files == {p: p.stat().st_mtime_ns for p in files}  # nothing is trained twice
 
-    other = ["--train", "visual", "--init", "scratch", "--features", "original", "ldfs:sigma=0"]
+    other = ["--train", "visual", "--init", "scratch", "--methods", "finetune", "ldfs:sigma=0"]
     script("run_ldfs.sh", "tiny", "photo", *options, *other)
     assert "--train visual --init scratch" in (tmp_path / "run" / "table.md").read_text()
 
@@ -38,10 +38,10 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
     (["tiny", "foto"], "no domain 'foto'"),
     (["tiny", "photo", "--model", "local-dir:/nowhere"], "/nowhere/open_clip_config.json does not exist"),
     (["tiny", "photo", "--model", "ViT-Z"], "knows no such model"),
-    (["tiny", "photo", "--features", "ldsf"], "unknown recipe 'ldsf'"),
+    (["tiny", "photo", "--methods", "ldsf"], "unknown recipe 'ldsf'"),
     (["tiny", "photo", "--sedes", "1"], "unknown option --sedes"),
     (["tiny", "photo", "--seeds", "0"], "--seeds: 0 is not above 0"),
-    (["tiny", "photo", "--features", "original", "--epochs", "x"], "--epochs"),
+    (["tiny", "photo", "--methods", "finetune", "--epochs", "x"], "--epochs"),
 ])
 def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, arguments, says):
     done = script("run_ldfs.sh", *arguments, "--data", tiny_data, "--run", tmp_path / "run", code=2)

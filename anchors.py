@@ -1,0 +1,390 @@
+"""ARF's anchors: captions of the finetuning images, and image-text pairs like those that CLIP was pretrained on.
+
+    python anchors.py caption pacs photo                    # TCAG: captions.jsonl beside the data; LDFS reads it too
+    python anchors.py retrieve pacs photo --pool data/cc3m  # ITAR: runs/pacs-photo/retrieved/*.tar
+    torchrun --nproc-per-node 8 -- anchors.py caption …     # the work is split over eight processes
+
+Both look at images of the source only (ITAR at all others, too, but only to keep them out of what it retrieves). Both can
+be killed at any moment and go on where they stopped.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import re
+import shutil
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from data import fail
+from features import (
+    cached_features,
+    encode_batch,
+    encode_texts,
+    image_batches,
+    in_order,
+    load_clip,
+    open_image,
+    precision,
+    ranks,
+    the_device,
+)
+
+DEFAULT_CAPTIONER = "Salesforce/blip2-opt-2.7b"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TCAG: a caption for each image
+
+
+def load_captioner(name, device):
+    """(model, processor) of any image-to-text model on the Hugging Face hub, or saved in a folder.
+
+    Exits with status 2 where it cannot be had, or is of another kind.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=precision(device)).to(device).eval()
+        processor = AutoProcessor.from_pretrained(name)
+        processor.tokenizer.padding_side = "left"  # what is generated goes on from the prompt's last token
+    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fail(
+            f"--captioner {name}: could not be loaded ({reason}). It is the name of an image-to-text model on the Hugging Face "
+            "hub, cached after the first time, or a folder that save_pretrained wrote."
+        )
+    return model, processor
+
+
+@torch.no_grad()
+def caption_images(model, processor, images, prompt="", beams=5, max_tokens=30):
+    """One string for each PIL image: what the model says of it, without the prompt. "" where it says nothing.
+
+    CHOICE: one caption an image by beam search, no hint of the class; alternative: several sampled ones, a prompt.
+    """
+    text = prompt
+    if getattr(processor, "chat_template", None):  # LLaVA's kind wants its own words around image and prompt
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=images, text=[text] * len(images), padding=True, return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    said = model.generate(**inputs, num_beams=beams, max_new_tokens=max_tokens, do_sample=False)
+    asked = inputs["input_ids"]
+    if said.shape[1] >= asked.shape[1] and torch.equal(said[:, :asked.shape[1]], asked):
+        said = said[:, asked.shape[1]:]  # a decoder-only language model (OPT) returns the prompt, too
+    return [c.strip().removeprefix(prompt).strip() for c in processor.batch_decode(said, skip_special_tokens=True)]
+
+
+def repeats_itself(caption):
+    """Whether words come three times in a row, as in "a cat a cat a cat": how beam search fails."""
+    return re.search(r"\b(\w[\w ]*?)\b(?:,? \1\b){2}", caption) is not None
+
+
+def caption(args):
+    """Write a caption for every image of the source domain that has none from this captioner, or from somewhere else."""
+    dataset = data.load(args.dataset, args.data)
+    dataset, _ = data.prepare(args, dataset)
+    path = Path(args.captions) if args.captions else dataset.captions or dataset.folder / "captions.jsonl"
+    rank, world = ranks()
+    name = args.captioner or dataset.about.get("captioner") or DEFAULT_CAPTIONER
+    by = f"{name}, prompt {args.prompt!r}, beam {args.beams}, {args.max_tokens} tokens"
+
+    def good(rows):  # captions of other origin (they have no "by") stay; those of another captioner are made again
+        return {p: row for p, row in rows.items() if row.get("by", by) == by}
+
+    def parts():
+        return sorted(path.parent.glob(f".{path.name}.part*"))
+
+    finished = good(data.read_captions(path)) if path.exists() else {}
+    for part in parts():
+        finished |= good(read_part(part))
+    labels = dict(dataset.images[args.source])
+    todo = [p for p in list(labels)[rank::world] if p not in finished]
+    if world > 1:
+        torch.distributed.barrier()  # nobody writes before all have read
+    if todo:
+        device = the_device()
+        model, processor = load_captioner(name, device)
+        class_prompts = data.class_texts(dataset, args.source)
+        mine = path.with_name(f".{path.name}.part{rank}")
+        rows = read_part(mine) if mine.exists() else {}
+        data.write_atomically(mine, lambda new: new.write_text(lines(rows.values())))  # less a line that a kill cut short
+        with open(mine, "a") as file, tqdm(total=len(todo), desc="captions", unit="img", disable=rank > 0) as bar:
+            for i in range(0, len(todo), args.batch_size):
+                batch = todo[i:i + args.batch_size]
+                try:
+                    images = [open_image(dataset.folder, p) for p in batch]
+                except (OSError, ValueError, SyntaxError) as error:
+                    fail(f"an image among {batch[0]} … {batch[-1]} is not readable ({error}). Replace or remove it.")
+                texts = caption_images(model, processor, images, args.prompt, args.beams, args.max_tokens)
+                for p, text in zip(batch, texts):
+                    row = {"path": p, "caption": text, "by": by}
+                    if not text or repeats_itself(text):
+                        # CHOICE: the class prompt in place of a caption that says nothing; alternative: leave the image out
+                        row |= {"caption": class_prompts[labels[p]], "instead of": text}
+                    file.write(lines([row]))
+                file.flush()
+                bar.update(len(batch))
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        before = data.read_captions(path) if path.exists() else {}
+        rows = before | {p: row for part in parts() for p, row in good(read_part(part)).items()}
+        if rows != before:
+            data.write_atomically(path, lambda new: new.write_text(lines(rows[p] for p in sorted(rows))))
+        for part in parts():
+            part.unlink()
+        of_source = [rows[p] for p in labels]
+        fallen = [row["instead of"] for row in of_source if "instead of" in row]
+        others = sum("by" not in row for row in of_source)
+        print(
+            f"{path}: {len(labels)} captions of {args.source}, {len({row['caption'] for row in of_source})} different; "
+            f"{others} not by a captioner; the class prompt instead of {sum(not f for f in fallen)} that were empty and "
+            f"{sum(map(bool, fallen))} that repeated themselves"
+        )
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_part(path):
+    """{image path: row} of a file that a killed run may have left with half a line at its end."""
+    whole = path.read_text().rpartition("\n")[0]
+    return {row["path"]: row for row in map(json.loads, whole.splitlines())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ITAR: image-text pairs from a pool
+
+
+def read_shard(path):
+    """[(key, where, text, about)] of a webdataset shard, and [name] of what cannot be used, from tar headers and texts alone.
+
+    An image is key.jpg, .png or .webp, its text key.txt, what else is known of it key.json (optional); `where` is for
+    features.open_image.
+    """
+    images, texts, abouts, bad = {}, {}, {}, []
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, ending = member.name.rpartition(".")
+                if f".{ending}" in data.IMAGE_ENDINGS:
+                    images[key] = (str(path), member.offset_data, member.size)
+                elif ending == "txt":
+                    texts[key] = tar.extractfile(member).read().decode(errors="replace").strip()
+                elif ending == "json":
+                    try:
+                        abouts[key] = json.loads(tar.extractfile(member).read())
+                    except ValueError:
+                        bad.append(f"{path.name}: {member.name} (not JSON; the pair is used without it)")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        bad.append(f"{path.name} after {len(images)} images ({error})")
+    bad += [f"{path.name}: {key} (no text)" for key in images if not texts.get(key)]
+    return [(key, where, texts[key], abouts.get(key, {})) for key, where in images.items() if texts.get(key)], bad
+
+
+def embed(clip, shard, folder):
+    """Features of the images of one shard, written to `folder` once: {"keys", "z" (n, d) fp16, "bad"}, in the shard's order."""
+    out = folder / f"{shard.stem}.pt"
+    if out.exists():
+        return
+    pairs, bad = read_shard(shard)
+    unreadable, features, rows = [], [], []
+    items = [(where, i) for i, (_, where, _, _) in enumerate(pairs)]
+    batches = in_order(len(items), 256)
+    for images, labels in image_batches(shard.parent, items, clip.preprocess, batches, clip.device, unreadable):
+        features.append(encode_batch(clip, images).half().cpu())
+        rows += labels.tolist()
+    bad += [f"{shard.name}: {pairs[i][0]} (not a readable image)" for i in unreadable]
+    z = torch.cat(features) if features else torch.empty(0, 0, dtype=torch.float16)
+    state = {"keys": [pairs[i][0] for i in rows], "z": z, "bad": bad}
+    data.write_atomically(out, lambda part: torch.save(state, part))
+
+
+def search(queries, parts, k):
+    """Scores and ids, both (Q, k), of the k rows of the pool nearest to each query, exactly; ids count through all parts.
+
+    queries: (Q, d), unit norm. parts: (n, d) float32 tensors, unit norm, one after another, so that a pool larger than memory
+    can be searched; each is searched with FAISS's IndexFlatIP, and the best of all parts are kept. k is cut to the pool's size.
+    """
+    import faiss
+
+    scores, ids, seen = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long), 0
+    for z in parts:
+        if len(z):
+            index = faiss.IndexFlatIP(z.shape[1])
+            index.add(z.numpy())
+            found = index.search(queries.numpy(), min(k, len(z)))
+            scores = torch.cat([scores, torch.from_numpy(found[0])], 1)
+            ids = torch.cat([ids, torch.from_numpy(found[1]) + seen], 1)
+            best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+            scores, ids = scores.gather(1, best), ids.gather(1, best)
+        seen += len(z)
+    return scores, ids
+
+
+def retrieve(args):
+    """Embed the pool, search it, and write runs/…/retrieved/*.tar: the pairs nearest to the source's images or classes."""
+    dataset, run = data.prepare(args)
+    pool = Path(args.pool or Path(args.data) / dataset.about.get("pool", "cc3m"))
+    shards = sorted(pool.glob("*.tar"))
+    if not shards:
+        fail(
+            f"--pool {pool}: no webdataset shards there (00000.tar with key.jpg, key.txt). CC3M as such is pixparse/cc3m-wds "
+            "on the Hugging Face hub; the pool of the emoji benchmark is made by: python emoji.py pool"
+        )
+    rank, world = ranks()
+    clip = load_clip(args, dataset)
+    stats = [(shard.name, (s := shard.stat()).st_size, s.st_mtime_ns) for shard in shards]
+    key = hashlib.sha256(repr((clip.fingerprint, str(pool.resolve()), stats)).encode()).hexdigest()[:20]
+    folder = run.parent / ".features" / f"pool-{pool.name}-{key}"
+    for shard in tqdm(shards[rank::world], desc=f"encoding {pool.name}", unit="shard", disable=rank > 0):
+        embed(clip, shard, folder)
+    if world > 1:
+        torch.distributed.barrier()
+    if rank > 0:
+        return
+
+    # CHOICE: image→image by the same frozen CLIP, k = 1; alternative: --query text, by the class prompts, and a larger --k
+    if args.query == "image":
+        row, z = cached_features(clip, dataset, args.source, run)
+        names = list(row)
+    else:
+        names, z = dataset.classes, encode_texts(clip, data.class_texts(dataset, args.source))
+    made_of = {"pool": key, "source": args.source, "query": args.query, "k": args.k, "queries": data.digest([z])}
+    final = run / "retrieved"
+    if (final / "made_of.json").exists() and json.loads((final / "made_of.json").read_text())["made_of"] == made_of:
+        print(f"{final} is there already")
+        return
+
+    def load(shard):
+        part = torch.load(folder / f"{shard.stem}.pt")
+        return {**part, "z": torch.nn.functional.normalize(part["z"].float(), dim=-1)}  # fp16 has rounded the lengths
+
+    parts = [load(shard) for shard in shards] if len(shards) < 50 else None  # a large pool is read twice, not kept
+    scores, ids = search(z, (part["z"] for part in parts or map(load, shards)), args.k)
+    wanted = {}  # id in the pool: {query: score}
+    for name, some_scores, some_ids in zip(names, scores.tolist(), ids.tolist()):
+        for score, i in zip(some_scores, some_ids):
+            wanted.setdefault(i, {})[name] = round(score, 4)
+
+    bench = benchmark(args, dataset, clip, run)
+    dropped, bad, seen, start, kept = Counter(), [], set(), 0, []
+    for shard, part in zip(shards, parts or map(load, shards)):
+        bad += part["bad"]
+        here = [i for i in range(start, start + len(part["keys"])) if i in wanted]
+        if here:
+            pairs = {key: rest for key, *rest in read_shard(shard)[0]}
+            found = part["z"][[i - start for i in here]]
+            nearest = torch.stack([(found @ z_bench.T).amax(1) for z_bench in bench]).amax(0)
+            for i, closest in zip(here, nearest.tolist()):
+                key = part["keys"][i - start]
+                where, text, about = pairs[key]
+                with open(where[0], "rb") as archive:
+                    archive.seek(where[1])
+                    image = archive.read(where[2])
+                content = hashlib.sha256(image).digest()
+                if closest >= args.same:
+                    dropped["also a benchmark image"] += 1
+                elif content in seen:
+                    dropped["found twice"] += 1
+                else:
+                    seen.add(content)
+                    about = {**about, "retrieved": {"from": shard.name, "queries": wanted[i]}}
+                    kept.append((f"{shard.stem}-{key}", Path(f"x.{image_ending(image)}").suffix, image, text, about))
+        start += len(part["keys"])
+    counts = {"available": start, "unusable": len(bad), "retrieved": len(kept), **dropped}
+    write_retrieved(final, kept, {"made_of": made_of, **counts})
+    data.append_results(run, args, [("retrieved", args.source, "train", name, n, start, 0) for name, n in counts.items()])
+    for name in bad:
+        print(f"skipped {name}", file=sys.stderr)
+    said = ", ".join(f"{n} {name}" for name, n in counts.items())
+    print(f"{final}: {said} ({len(names)} queries by {args.query}, k = {args.k})")
+
+
+def image_ending(image):
+    from PIL import Image
+
+    return Image.open(io.BytesIO(image)).format.lower()
+
+
+def benchmark(args, dataset, clip, run):
+    """[(n, d)] features of all images that are tested on: every domain, and of the data set of unseen classes."""
+    sets = [dataset]
+    if "unseen" in dataset.about:
+        sets.append(data.load(dataset.about["unseen"], args.data))
+    return [cached_features(clip, one, domain, run)[1] for one in sets for domain in one.phrases]
+
+
+def write_retrieved(final, pairs, about, shard_size=10_000):
+    """Write (key, ending, image bytes, text, json) as webdataset shards, and made_of.json, in the place of `final`."""
+    scratch = final.with_name(f".{final.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for start in range(0, len(pairs), shard_size):
+        with tarfile.open(scratch / f"{start // shard_size:05d}.tar", "w") as tar:
+            for key, ending, image, text, more in pairs[start:start + shard_size]:
+                for suffix, content in (ending, image), (".txt", text.encode()), (".json", json.dumps(more).encode()):
+                    info = tarfile.TarInfo(key + suffix)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    (scratch / "made_of.json").write_text(json.dumps(about, indent=1) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    scratch.rename(final)
+
+
+@functools.cache
+def read_retrieved(run):
+    """[(where, text, {query: score})] of all pairs in run/retrieved; exits with status 2 where there are none."""
+    shards = sorted((run / "retrieved").glob("*.tar"))
+    if not shards:
+        fail(f"{run / 'retrieved'} holds no pairs. Retrieve them: python anchors.py retrieve DATASET SOURCE")
+    pairs = [pair for shard in shards for pair in read_shard(shard)[0]]
+    return [(where, text, about["retrieved"]["queries"]) for _, where, text, about in pairs]
+
+
+def load_retrieved(run, dataset, items):
+    """[(where, text)] of the pairs in run/retrieved that were found by one of the training images `items`, or by a class.
+
+    All images of the source are queries once; a seed's training takes what its own training images found, no more.
+    """
+    mine = {path for path, _ in items} | {*dataset.classes}
+    return [(where, text) for where, text, queries in read_retrieved(run) if mine & {*queries}]
+
+
+def main():
+    stages = {"caption": caption, "retrieve": retrieve}
+    if len(sys.argv) < 2 or sys.argv[1] not in stages:
+        fail("say what to do: python anchors.py caption|retrieve DATASET SOURCE")
+    parser = data.arguments(__doc__)
+    parser.prog = f"anchors.py {sys.argv[1]}"
+    add = parser.add_argument
+    if sys.argv[1] == "caption":
+        default = f"(default: the data set's, else {DEFAULT_CAPTIONER})"
+        add("--captioner", help=f"image-to-text model on the Hugging Face hub, or a folder {default}")
+        add("--prompt", default="", help="words that the caption goes on from (default: none)")
+        add("--beams", type=data.positive(int), default=5, help="beams of the search (default: 5)")
+        add("--max-tokens", type=data.positive(int), default=30, help="longest caption (default: 30)")
+        add("--batch-size", type=data.positive(int), default=32, help="images at a time (default: 32)")
+    else:
+        add("--pool", help="folder of webdataset shards (default: the data set's, else cc3m, in --data)")
+        add("--k", type=data.positive(int), default=1, help="pairs for each query (default: 1)")
+        add("--query", choices=["image", "text"], default="image", help="the source's images (default), or class prompts")
+        add("--same", type=data.positive(float), default=0.99, help="cosine at which two images are the same (default: 0.99)")
+    args = parser.parse_args(sys.argv[2:])
+    stages[sys.argv[1]](args)
+    if ranks()[1] > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
