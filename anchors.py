@@ -1,8 +1,9 @@
 """ARF's anchors: captions of the finetuning images, and image-text pairs like those that CLIP was pretrained on.
 
-    python anchors.py caption pacs photo                    # TCAG: captions.jsonl beside the data; LDFS reads it too
-    python anchors.py retrieve pacs photo --pool data/cc3m  # ITAR: runs/pacs-photo/retrieved/*.tar
-    torchrun --nproc-per-node 8 -- anchors.py caption …     # the work is split over eight processes
+    python anchors.py caption pacs photo                       # TCAG: captions.jsonl beside the data; LDFS reads it too
+    python anchors.py retrieve pacs photo --pool data/cc3m     # ITAR: runs/pacs-photo/retrieved/*.tar
+    python anchors.py caption,retrieve emoji 3d                # both
+    torchrun --nproc-per-node 8 -- anchors.py caption …        # the work is split over eight processes
 
 Both look at images of the source only (ITAR at all others, too, but only to keep them out of what it retrieves). Both can
 be killed at any moment and go on where they stopped.
@@ -253,7 +254,7 @@ def retrieve(args):
     if rank > 0:
         return
 
-    # CHOICE: image→image by the same frozen CLIP, k = 1; alternative: --query text, by the class prompts, and a larger --k
+    # CHOICE: image→image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the class prompts; a larger --k
     if args.query == "image":
         row, z = cached_features(clip, dataset, args.source, run)
         names = list(row)
@@ -292,6 +293,8 @@ def retrieve(args):
                     archive.seek(where[1])
                     image = archive.read(where[2])
                 content = hashlib.sha256(image).digest()
+                # CHOICE: a pair is a benchmark image at a cosine of 0.99 with one, and dropped without replacement;
+                # alternative: --same; hashes of pixels, which a new JPEG of the same picture escapes
                 if closest >= args.same:
                     dropped["also a benchmark image"] += 1
                 elif content in seen:
@@ -362,25 +365,27 @@ def load_retrieved(run, dataset, items):
 
 def main():
     stages = {"caption": caption, "retrieve": retrieve}
-    if len(sys.argv) < 2 or sys.argv[1] not in stages:
-        fail("say what to do: python anchors.py caption|retrieve DATASET SOURCE")
+    wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else []
+    if not wanted or not {*wanted} <= {*stages}:
+        fail("say what to do: python anchors.py caption|retrieve|caption,retrieve DATASET SOURCE")
     parser = data.arguments(__doc__)
     parser.prog = f"anchors.py {sys.argv[1]}"
     add = parser.add_argument
-    if sys.argv[1] == "caption":
+    if "caption" in wanted:
         default = f"(default: the data set's, else {DEFAULT_CAPTIONER})"
         add("--captioner", help=f"image-to-text model on the Hugging Face hub, or a folder {default}")
         add("--prompt", default="", help="words that the caption goes on from (default: none)")
         add("--beams", type=data.positive(int), default=5, help="beams of the search (default: 5)")
         add("--max-tokens", type=data.positive(int), default=30, help="longest caption (default: 30)")
         add("--batch-size", type=data.positive(int), default=32, help="images at a time (default: 32)")
-    else:
+    if "retrieve" in wanted:
         add("--pool", help="folder of webdataset shards (default: the data set's, else cc3m, in --data)")
         add("--k", type=data.positive(int), default=1, help="pairs for each query (default: 1)")
         add("--query", choices=["image", "text"], default="image", help="the source's images (default), or class prompts")
         add("--same", type=data.positive(float), default=0.99, help="cosine at which two images are the same (default: 0.99)")
     args = parser.parse_args(sys.argv[2:])
-    stages[sys.argv[1]](args)
+    for stage in wanted:
+        stages[stage](args)
     if ranks()[1] > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -114,7 +114,8 @@ def evaluate_run(args, dataset, run, clip, cached):
 
         rows = accuracies(dataset, args.source, seed, features_of, class_weight, method)
         if unseen:
-            # CHOICE: named in the source's words, as all heads are, since it is not known what domain an image is of
+            # CHOICE: named in the source's words, as all heads are, since a model in use does not know what domain it meets;
+            # alternative: in each domain's own
             texts = encode_texts(clip, data.class_texts(unseen, args.source))
             rows += unseen_accuracies(unseen, seed, lambda domain, items: encode(unseen, domain, items), texts, method)
         return rows

@@ -93,6 +93,7 @@ def load_clip(args, dataset):
     # Frozen until finetune.py says otherwise: PyTorch's attention rounds differently where a weight wants a gradient.
     # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a
     # few hundred images of one domain would overwrite its statistics; alternative: train mode.
+    model.to(memory_format=torch.channels_last)  # depthwise convolutions are twice as fast so on a CPU
     clip = Clip(model.eval().requires_grad_(False), preprocess, augment, tokenizer, device, name)
     clip.fingerprint = fingerprint(clip)
     return clip
@@ -129,7 +130,6 @@ def freeze_stages(clip, stages):
         fail(f"{clip.name}: only towers of timm's EfficientNet family can be frozen by stages. Set the schedule's frozen to 0.")
     if stages > len(trunk.blocks):
         fail(f"{clip.name}: cannot freeze {stages} stages of {len(trunk.blocks)}. Lower the schedule's frozen.")
-    clip.model.to(memory_format=torch.channels_last)  # twice as fast for depthwise convolutions on a CPU
     clip.front = torch.nn.Sequential(trunk.conv_stem, trunk.bn1, *trunk.blocks[:stages])
     trunk.conv_stem = trunk.bn1 = torch.nn.Identity()
     for i in range(stages):

@@ -146,7 +146,10 @@ def average_gradients(parameters):
 
 
 def passes(n, batch_size, seed):
-    """Batches of indices below n, without end: one shuffled pass after another."""
+    """Batches of indices below n, without end: one shuffled pass after another.
+
+    CHOICE: each step's batch of retrieved pairs is as large as that of images; alternative: one pass an epoch.
+    """
     generator = torch.Generator().manual_seed(seed)
     stream = itertools.chain.from_iterable(torch.randperm(n, generator=generator).tolist() for _ in itertools.count())
     while True:

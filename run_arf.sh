@@ -14,7 +14,8 @@ bash run_arf.sh DATASET SOURCE [options]        e.g. bash run_arf.sh emoji 3d;  
   --captioner NAME an image-to-text model of the Hugging Face hub, or a folder (default: the data set's own, else BLIP-2)
   --captions FILE  lines of {"path": …, "caption": …} (default: captions.jsonl of the data set, made if it is not there)
   --pool DIR       webdataset shards to retrieve from (default: the data set's own, else cc3m, in --data)
-  --k N            pairs retrieved for each image (default 1)      --query text   for each class prompt instead
+  --k N            pairs retrieved for each image (default 1); --query text: for each class prompt instead
+  --same X         cosine at which a pair is left out as an image of the benchmark (default 0.99)
   --lambda-cap X --lambda-ret X   weights of the two anchors' losses (default 1)
   --run DIR        where results go (default runs/DATASET-SOURCE)
   --epochs N --lr X --batch-size N --frozen-stages N --mapper-steps N
@@ -41,7 +42,7 @@ while [ $# -gt 0 ]; do
     --seeds) seeds=$2 ;;
     --model | --pretrained | --captions) common+=("$1" "$2") ;;
     --captioner) captioner=("$1" "$2") ;;
-    --pool | --k | --query) pool+=("$1" "$2") ;;
+    --pool | --k | --query | --same) pool+=("$1" "$2") ;;
     --epochs | --lr | --batch-size | --lambda-cap | --lambda-ret) tune+=("$1" "$2") ;;
     --frozen-stages) frozen=("$1" "$2") ;;
     --mapper-steps) steps=(--steps "$2") ;;
@@ -49,20 +50,23 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
+for method in "${methods[@]}"; do  # before hours of captions
+  [[ "$method" =~ ^(finetune|(lads|ldfs)(:.*)?|(flyp(\+captions)?(\+retrieved)?|arf)(\+(lads|ldfs)(:.*)?)?)$ ]] ||
+    { echo "run_arf.sh: unknown method $method; see --help" >&2; exit 2; }
+done
 
 . ./env.sh
 names=" ${methods[*]} "
 if [ -f "$dataset.py" ]; then  # a data set that a script here makes
   python3 "$dataset.py" --data "$data"
-  if [[ "$names" == *retrieved* || "$names" == *arf* ]] && [ ${#pool[@]} -eq 0 ]; then python3 "$dataset.py" pool --data "$data"; fi
+  [[ " ${pool[*]-} " == *" --pool "* ]] || python3 "$dataset.py" pool --data "$data"
 fi
 recipes=$(tr ' +' '\n\n' <<< "$names" | grep -E '^(lads|ldfs)' | sort -u || true)
 # "${x[@]+"${x[@]}"}" is "${x[@]}" that an empty x does not break in the bash 3.2 of macOS
 what=("$dataset" "$source" --data "$data" --run "$run" --seeds "$seeds" "${common[@]+"${common[@]}"}")
 train=(--train visual --methods "${methods[@]}" "${frozen[@]+"${frozen[@]}"}")
 
-python3 anchors.py caption "${what[@]}" "${captioner[@]+"${captioner[@]}"}"
-python3 anchors.py retrieve "${what[@]}" "${pool[@]+"${pool[@]}"}"
+python3 anchors.py caption,retrieve "${what[@]}" "${captioner[@]+"${captioner[@]}"}" "${pool[@]+"${pool[@]}"}"
 [ -z "$recipes" ] || python3 mapper.py "${what[@]}" "${steps[@]+"${steps[@]}"}" --recipes $recipes
 python3 finetune.py "${what[@]}" "${train[@]}" "${tune[@]+"${tune[@]}"}"
 python3 evaluate.py run,curve,figure5 "${what[@]}" "${train[@]}" --alphas 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9

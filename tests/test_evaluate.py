@@ -29,6 +29,59 @@ def test_accuracies_and_their_means(tiny_data):
     ]
 
 
+def test_unseen_classes_and_their_mean(tiny_data):
+    dataset = data.load("tiny", tiny_data)
+
+    def features_of(domain, items):  # sketches all look like cats
+        return torch.eye(3)[[y * (domain != "sketch") for _, y in items]]
+
+    rows = evaluate.unseen_accuracies(dataset, 2, features_of, torch.eye(3), "m")
+    third = pytest.approx(100 / 3)
+    expected = {"unseen photo": 100, "unseen sketch": third, "unseen cartoon": 100, "unseen mean": pytest.approx(700 / 9)}
+    assert {row[1]: row[4] for row in rows} == expected and all(row[6] == 2 for row in rows)
+
+
+def test_interpolated_weights_lie_on_the_line():
+    """WiSE-FT: the ends are the ends, the middle is the mean, and counters are the finetuned model's."""
+    a, b = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)}, {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(3)}
+    for alpha, w in ((0, [0.0, 2.0]), (0.5, [0.5, 3.0]), (0.25, [0.25, 2.5]), (1, [1.0, 4.0])):
+        mix = evaluate.interpolate(a, b, alpha)
+        assert mix["w"].tolist() == w and mix["n"].item() == 3
+
+
+def test_frozen_features_are_encoded_by_the_weights_of_the_moment(tiny_data):
+    """The encoder that keeps the frozen stages' output, against encoding images anew after the weights moved."""
+    import features
+
+    dataset = data.load("tiny", tiny_data)
+    name = f"local-dir:{data.Path(evaluate.__file__).parent / 'emoji_clip'}"
+    clip = features.load_clip(data.arguments("").parse_args(["tiny", "photo", "--model", name]), dataset)
+    features.freeze_stages(clip, 6)
+    encode, items = evaluate.encoder(clip), dataset.images["sketch"][3:7]
+    first = encode(dataset, "sketch", items)
+    with torch.no_grad():
+        clip.model.visual.head.proj.weight[:100] *= 2
+    second = encode(dataset, "sketch", items)
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert torch.allclose(second, features.encode_images(clip, dataset.folder, items), atol=1e-5)
+
+
+def test_caption_quality_of_known_captions(tiny_data, monkeypatch):
+    dataset = data.load("tiny", tiny_data)
+    items = dataset.images["photo"]
+    (tiny_data / "tiny" / "descriptions.jsonl").write_text("".join(
+        json.dumps({"path": path, "caption": f"A thing{i}, some tag"}) + "\n" for i, (path, _) in enumerate(items)
+    ))
+    captions = ["a Red House"] * 25 + [f"a thing{i}" for i in range(25, 30)]  # classes: 10 cats, 10 dogs, 10 red houses
+    said = {text: torch.eye(8)[i] for i, text in enumerate(dict.fromkeys(captions))}
+
+    monkeypatch.setattr(evaluate, "encode_texts", lambda clip, texts: torch.stack([said[t] for t in texts]))
+    got = evaluate.caption_quality(dataset, "photo", captions, torch.eye(8)[[0] * 30], None)
+    assert got["names the class"] == pytest.approx(100 * 5 / 30)
+    assert got["names class or thing"] == pytest.approx(100 * 10 / 30)
+    assert got["CLIP score"] == pytest.approx(100 * 25 / 30)
+
+
 def test_consistency_of_known_neighbours():
     target = torch.eye(4)[:2], torch.tensor([0, 1])   # real sketches of class 0 and 1
     source = torch.eye(4)[2:], torch.tensor([0, 1])   # real photos
@@ -59,6 +112,21 @@ def test_table_means_deviations_and_raw_seeds(tmp_path):
     assert lines[2] == "| method | ID (photo) | sketch | OOD mean | less finetune | less lads | OOD mean, seed by seed |"
     assert lines[4] == "| ldfs | 91.0 ± 1.4 | 45.0 ± 7.1 | 45.0 ± 7.1 | 4.0 ± 1.4 |  | 40.0 50.0 |"
     assert lines[5] == "| lads | 1.0 | not run | not run |  |  |  |"
+
+
+def test_table_compares_with_flyp_at_the_same_alpha(tmp_path):
+    values = {"flyp": (50, 10), "arf": (53, 14), "flyp α=0.5": (60, 20), "arf α=0.5": (61, 22), "arf α=0.3": (0, 0)}
+    write(tmp_path / "run", *(
+        {"method": method, "domain": domain, "seed": 0, "value": value}
+        for method, pair in values.items() for domain, value in zip(("OOD mean", "unseen mean"), pair)
+    ), {"method": "arf", "domain": "unseen sketch", "seed": 0, "value": 1})
+    lines = evaluate.table(evaluate.read_results(tmp_path / "run")).splitlines()
+    assert lines[2].startswith("| method | OOD mean | unseen mean | OOD less flyp | unseen less flyp | OOD mean, seed by")
+    assert lines[4:8] == [
+        "| flyp | 50.0 | 10.0 |  |  | 50.0 | 10.0 |", "| arf | 53.0 | 14.0 | 3.0 | 4.0 | 53.0 | 14.0 |",
+        "| flyp α=0.5 | 60.0 | 20.0 |  |  | 60.0 | 20.0 |", "| arf α=0.5 | 61.0 | 22.0 | 1.0 | 2.0 | 61.0 | 22.0 |",
+    ]
+    assert len(lines) == 8 or not lines[8]
 
 
 def test_of_a_stage_run_twice_the_last_result_counts(tmp_path):

@@ -1,6 +1,7 @@
 """The scripts as their users run them, at tiny size, and what they say to bad input."""
 
 import json
+import shutil
 
 import pytest
 
@@ -30,6 +31,47 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
     other = ["--train", "visual", "--init", "scratch", "--methods", "finetune", "ldfs:sigma=0"]
     script("run_ldfs.sh", "tiny", "photo", *options, *other)
     assert "--train visual --init scratch" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_run_arf_end_to_end(script, tiny_data, tiny_clip, tiny_blip2, tiny_pool, tmp_path):
+    """Captions by BLIP-2, pairs from a pool, all methods, unseen classes, α, pictures; and again, without doing it twice."""
+    about = json.loads((tiny_data / "tiny" / "dataset.json").read_text())
+    (tiny_data / "tiny" / "captions.jsonl").unlink()
+    shutil.copytree(tiny_data / "tiny", tiny_data / "others")
+    (tiny_data / "tiny" / "dataset.json").write_text(json.dumps(about | {"unseen": "others"}))
+    options = ["--data", tiny_data, "--model", tiny_clip, "--captioner", tiny_blip2, "--pool", tiny_pool]
+    options += ["--run", tmp_path / "run", "--seeds", 2, "--epochs", 2, "--mapper-steps", 3, "--same", 0.99999]
+    done = script("run_arf.sh", "tiny", "photo", *options)
+    table = (tmp_path / "run" / "table.md").read_text()
+    for method in ("zero-shot", "finetune", "flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs", "arf α=0.5"):
+        assert f"| {method} |" in table and f"| {method} |" in done.stdout
+    assert "unseen mean" in table and "α=0.4" not in table
+    for picture in ("curve.png", "figure5.png"):
+        assert (tmp_path / "run" / picture).stat().st_size > 1000
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    arf = {(r["method"], r["domain"]) for r in rows if r["metric"] == "accuracy" and r["split"] == "test" and r["seed"] == 1}
+    means = {"photo", "OOD mean", "unseen mean"}
+    everything = means | {"sketch", "cartoon", "extended"} | {f"unseen {d}" for d in ("photo", "sketch", "cartoon")}
+    assert {d for m, d in arf if m == "arf"} == {d for m, d in arf if m == "arf α=0.5"} == everything
+    assert {d for m, d in arf if m == "arf α=0.9"} == means and len({m for m, _ in arf}) == 1 + 6 * 10
+    assert {r["value"] for r in rows if r["method"] == "retrieved" and r["metric"] == "available"} == {40}
+
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*") if p.suffix in (".pt", ".tar")}
+    script("run_arf.sh", "tiny", "photo", *options)
+    assert files == {p: p.stat().st_mtime_ns for p in files}
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["tiny", "photo", "--methods", "flip"], "unknown method flip"),
+    (["tiny", "photo", "--k", "0"], "--k: 0 is not above 0"),
+    (["tiny", "photo"], "no webdataset shards there"),
+    (["tiny", "photo", "--kk", "1"], "unknown option --kk"),
+    (["tiny", "--kk", "1"], "bash run_arf.sh DATASET SOURCE"),
+])
+def test_bad_input_to_run_arf(script, tiny_data, tmp_path, arguments, says):
+    done = script("run_arf.sh", *arguments, "--data", tiny_data, "--run", tmp_path / "run", code=2)
+    assert says in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("arguments, says", [
