@@ -12,9 +12,11 @@ everything else in the repository reads the image folders and the `dataset.json`
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -350,25 +352,22 @@ def write_folder(root, name, classes, words, drawings):
     print(f"emoji.py: wrote {root / name}: {len(chosen)} emoji in {len(classes)} classes, in {len(DOMAINS)} domains")
 
 
-def pool_pairs(words, downloads):
-    """Yield (set, key, word, image) for all that may be pretrained on, near-copies of benchmark images left out.
+def pool_pairs(name, words, downloads):
+    """[(set, key, word, image or None)] of one set: what may be pretrained on; None for near-copies of benchmark images.
 
     From the artists of the five domains: only emoji outside every class of the benchmark. From the other artists: all,
     except drawings that one of the five took over (Noto kept many of its first version's).
     """
     taken = {c for classes in (SEEN, UNSEEN, LEFT_OUT) for rules in classes.values() for c in members(rules, words)}
-    benchmark = {d: read_drawings(s, words, downloads) for d, s in DOMAINS.items()}
-    copies = 0
-    for name in SOURCES:
-        for key, draw in tqdm(read_drawings(name, words, downloads).items(), desc=f"drawing pool: {name}"):
-            if key in taken and name in DOMAINS.values():
-                continue
-            image = draw()
-            if key in taken and any(difference(image, drawn[key]()) < 0.05 for drawn in benchmark.values() if key in drawn):
-                copies += 1
-                continue
-            yield name, key, words.get(key, {"label": key.replace("-", " "), "tags": [], "subgroup": ""}), image
-    print(f"emoji.py: left out {copies} drawings that are near-copies of a benchmark image")
+    benchmark, pairs = [read_drawings(s, words, downloads) for s in DOMAINS.values()], []
+    for key, draw in read_drawings(name, words, downloads).items():
+        if key in taken and name in DOMAINS.values():
+            continue
+        image = draw()
+        if key in taken and any(difference(image, drawn[key]()) < 0.05 for drawn in benchmark if key in drawn):
+            image = None
+        pairs.append((name, key, words.get(key, {"label": key.replace("-", " "), "tags": [], "subgroup": ""}), image))
+    return pairs
 
 
 def difference(a, b):
@@ -382,7 +381,16 @@ def write_pool(root):
     final, downloads = root / "emoji_pool", root / ".downloads"
     if final.exists():
         return
-    pairs = list(pool_pairs(read_words(downloads), downloads))
+    words, pairs = read_words(downloads), []
+    for source in SOURCES.values():  # before the work is shared out
+        fetch(source, downloads)
+    with multiprocessing.get_context("fork").Pool() as workers:
+        drawn = workers.imap(functools.partial(pool_pairs, words=words, downloads=downloads), SOURCES)
+        for some in tqdm(drawn, desc="drawing the pool", total=len(SOURCES), unit="set"):
+            pairs += some
+    copies = sum(image is None for *_, image in pairs)
+    print(f"emoji.py: left out {copies} drawings that are near-copies of a benchmark image")
+    pairs = [pair for pair in pairs if pair[-1] is not None]
     random.Random(0).shuffle(pairs)  # so that each shard holds every artist
     with whole_or_not_at_all(final) as scratch:
         for start in range(0, len(pairs), 2000):

@@ -262,7 +262,8 @@ def curve(run):
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     seeds = len({row["seed"] for row in of_run})
-    figure.suptitle(f"From zero-shot to finetuned weights (diamond: α = 0.5, dot: α = 1; mean of {seeds} seeds)", fontsize=10)
+    about = f"diamond: α = 0.5, dot: α = 1; mean of {seeds} seed{'s'[:seeds - 1]}"
+    figure.suptitle(f"From zero-shot to finetuned weights ({about})", fontsize=10)
     figure.tight_layout()
     data.write_atomically(run / "curve.png", lambda part: figure.savefig(part, dpi=110, format="png"))
     pyplot.close(figure)
@@ -325,14 +326,15 @@ def draw_figure5(dataset, path, columns):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(columns), figsize=(1.5 * len(columns), 5.2), squeeze=False)
+    figure, axes = pyplot.subplots(2, len(columns), figsize=(1.5 * len(columns), 4.7), squeeze=False)
     for (above, below), (file, caption, pair) in zip(axes.T, columns):
         shown = [(above, file, caption, None)]
         shown += [(below, pair[1], pair[2], pair[0])] if pair else []
         for axis, where, text, score in shown:
             axis.imshow(open_image(dataset.folder, where).resize((96, 96)))
             axis.set_xlabel(textwrap.fill(text, 18, max_lines=5), fontsize=7)
-            axis.set_title("" if score is None else f"{score:.2f}", fontsize=8)
+            if score is not None:
+                axis.set_title(f"cosine {score:.2f}", fontsize=7, pad=2)
         for axis in (above, below):
             axis.set(xticks=[], yticks=[])
     axes[0][0].set_ylabel("image, its caption")

@@ -34,7 +34,7 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
 
 
 def test_run_arf_end_to_end(script, tiny_data, tiny_clip, tiny_blip2, tiny_pool, tmp_path):
-    """Captions by BLIP-2, pairs from a pool, all methods, unseen classes, α, pictures; and again, without doing it twice."""
+    """Captions by BLIP-2, pairs from a pool, all methods, unseen classes, α, pictures."""
     about = json.loads((tiny_data / "tiny" / "dataset.json").read_text())
     (tiny_data / "tiny" / "captions.jsonl").unlink()
     shutil.copytree(tiny_data / "tiny", tiny_data / "others")
@@ -57,14 +57,9 @@ def test_run_arf_end_to_end(script, tiny_data, tiny_clip, tiny_blip2, tiny_pool,
     assert {d for m, d in arf if m == "arf α=0.9"} == means and len({m for m, _ in arf}) == 1 + 6 * 10
     assert {r["value"] for r in rows if r["method"] == "retrieved" and r["metric"] == "available"} == {40}
 
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*") if p.suffix in (".pt", ".tar")}
-    script("run_arf.sh", "tiny", "photo", *options)
-    assert files == {p: p.stat().st_mtime_ns for p in files}
-
 
 @pytest.mark.parametrize("arguments, says", [
     (["tiny", "photo", "--methods", "flip"], "unknown method flip"),
-    (["tiny", "photo", "--k", "0"], "--k: 0 is not above 0"),
     (["tiny", "photo"], "no webdataset shards there"),
     (["tiny", "photo", "--kk", "1"], "unknown option --kk"),
     (["tiny", "--kk", "1"], "bash run_arf.sh DATASET SOURCE"),
@@ -76,14 +71,11 @@ def test_bad_input_to_run_arf(script, tiny_data, tmp_path, arguments, says):
 
 @pytest.mark.parametrize("arguments, says", [
     (["emojy", "3d"], "unknown data set 'emojy'"),
-    (["pacs", "photo"], "--data"),
     (["tiny", "foto"], "no domain 'foto'"),
     (["tiny", "photo", "--model", "local-dir:/nowhere"], "/nowhere/open_clip_config.json does not exist"),
-    (["tiny", "photo", "--model", "ViT-Z"], "knows no such model"),
     (["tiny", "photo", "--methods", "ldsf"], "unknown recipe 'ldsf'"),
     (["tiny", "photo", "--sedes", "1"], "unknown option --sedes"),
     (["tiny", "photo", "--seeds", "0"], "--seeds: 0 is not above 0"),
-    (["tiny", "photo", "--methods", "finetune", "--epochs", "x"], "--epochs"),
 ])
 def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, arguments, says):
     done = script("run_ldfs.sh", *arguments, "--data", tiny_data, "--run", tmp_path / "run", code=2)
