@@ -26,6 +26,7 @@ from tqdm import tqdm
 import data
 from data import fail
 from features import (
+    BROKEN,
     cached_features,
     encode_batch,
     encode_texts,
@@ -45,8 +46,9 @@ DEFAULT_CAPTIONER = "Salesforce/blip2-opt-2.7b"
 
 
 def load_captioner(name, device):
-    """(model, processor) of any image-to-text model on the Hugging Face hub, or saved in a folder.
+    """(model, processor) of an image-to-text model on the Hugging Face hub, or saved in a folder.
 
+    Any that AutoModelForImageTextToText knows and that brings a processor: BLIP, BLIP-2, LLaVA's kind.
     Exits with status 2 where it cannot be had, or is of another kind.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -90,15 +92,14 @@ def repeats_itself(caption):
 
 def caption(args):
     """Write a caption for every image of the source domain that has none from this captioner, or from somewhere else."""
-    dataset = data.load(args.dataset, args.data)
-    dataset, _ = data.prepare(args, dataset)
+    dataset, _ = data.prepare(args, data.load(args.dataset, args.data))
     path = Path(args.captions) if args.captions else dataset.captions or dataset.folder / "captions.jsonl"
     rank, world = ranks()
     name = args.captioner or dataset.about.get("captioner") or DEFAULT_CAPTIONER
     by = f"{name}, prompt {args.prompt!r}, beam {args.beams}, {args.max_tokens} tokens"
 
-    def good(rows):  # captions of other origin (they have no "by") stay; those of another captioner are made again
-        return {p: row for p, row in rows.items() if row.get("by", by) == by}
+    def good(rows):  # people's captions (they have no "by") stay; another captioner's give way to one that was asked for
+        return {p: row for p, row in rows.items() if not args.captioner or row.get("by", by) == by}
 
     def parts():
         return sorted(path.parent.glob(f".{path.name}.part*"))
@@ -120,10 +121,12 @@ def caption(args):
         with open(mine, "a") as file, tqdm(total=len(todo), desc="captions", unit="img", disable=rank > 0) as bar:
             for i in range(0, len(todo), args.batch_size):
                 batch = todo[i:i + args.batch_size]
-                try:
-                    images = [open_image(dataset.folder, p) for p in batch]
-                except (OSError, ValueError, SyntaxError) as error:
-                    fail(f"an image among {batch[0]} … {batch[-1]} is not readable ({error}). Replace or remove it.")
+                images = []
+                for p in batch:
+                    try:
+                        images.append(open_image(dataset.folder, p))
+                    except BROKEN:
+                        fail(f"{dataset.folder / p}: not a readable image. Replace or remove it; what is captioned is kept.")
                 texts = caption_images(model, processor, images, args.prompt, args.beams, args.max_tokens)
                 for p, text in zip(batch, texts):
                     row = {"path": p, "caption": text, "by": by}
@@ -150,6 +153,8 @@ def caption(args):
             f"{others} not by a captioner; the class prompt instead of {sum(not f for f in fallen)} that were empty and "
             f"{sum(map(bool, fallen))} that repeated themselves"
         )
+    if world > 1:
+        torch.distributed.barrier()  # from here on the file is there for all
 
 
 def lines(rows):
@@ -174,8 +179,8 @@ def read_shard(path):
     """
     images, texts, abouts, bad = {}, {}, {}, []
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) or (member := behind_damage(tar, path, bad)):
                 key, _, ending = member.name.rpartition(".")
                 if f".{ending}" in data.IMAGE_ENDINGS:
                     images[key] = (str(path), member.offset_data, member.size)
@@ -185,16 +190,31 @@ def read_shard(path):
                     try:
                         abouts[key] = json.loads(tar.extractfile(member).read())
                     except ValueError:
-                        bad.append(f"{path.name}: {member.name} (not JSON; the pair is used without it)")
+                        bad.append(f"{path.name}: {member.name} (not JSON)")
     except (tarfile.TarError, OSError, EOFError) as error:
         bad.append(f"{path.name} after {len(images)} images ({error})")
     bad += [f"{path.name}: {key} (no text)" for key in images if not texts.get(key)]
     return [(key, where, texts[key], abouts.get(key, {})) for key, where in images.items() if texts.get(key)], bad
 
 
-def embed(clip, shard, folder):
-    """Features of the images of one shard, written to `folder` once: {"keys", "z" (n, d) fp16, "bad"}, in the shard's order."""
-    out = folder / f"{shard.stem}.pt"
+def behind_damage(tar, path, bad):
+    """The first member behind a damaged header, which is named in `bad`; None at the end of the archive.
+
+    tarfile takes a damaged header for the end: but there the rest is zeros.
+    """
+    tar.fileobj.seek(tar.offset)
+    if not tar.fileobj.read(512).strip(b"\0"):
+        return None
+    bad.append(f"{path.name}: what begins at byte {tar.offset} (damaged header)")
+    while block := tar.fileobj.read(512):
+        if block[257:262] == b"ustar":
+            tar.offset = tar.fileobj.tell() - 512
+            return tar.next() or behind_damage(tar, path, bad)
+    return None
+
+
+def embed(clip, shard, out):
+    """Features of the images of one shard, written to `out` once: {"keys", "z" (n, d) fp16, "bad"}, in the shard's order."""
     if out.exists():
         return
     pairs, bad = read_shard(shard)
@@ -234,8 +254,8 @@ def search(queries, parts, k):
 
 def retrieve(args):
     """Embed the pool, search it, and write runs/…/retrieved/*.tar: the pairs nearest to the source's images or classes."""
-    dataset, run = data.prepare(args)
-    pool = Path(args.pool or Path(args.data) / dataset.about.get("pool", "cc3m"))
+    dataset, run = data.prepare(args, data.load(args.dataset, args.data))
+    pool = Path(args.pool or dataset.folder.parent / dataset.about.get("pool", "cc3m"))
     shards = sorted(pool.glob("*.tar"))
     if not shards:
         fail(
@@ -244,11 +264,13 @@ def retrieve(args):
         )
     rank, world = ranks()
     clip = load_clip(args, dataset)
-    stats = [(shard.name, (s := shard.stat()).st_size, s.st_mtime_ns) for shard in shards]
-    key = hashlib.sha256(repr((clip.fingerprint, str(pool.resolve()), stats)).encode()).hexdigest()[:20]
-    folder = run.parent / ".features" / f"pool-{pool.name}-{key}"
+    cached = {}  # shard: its features' file, whose name hangs on the model and the shard
+    for shard in shards:
+        stat = shard.stat()
+        key = repr((clip.fingerprint, str(shard.resolve()), stat.st_size, stat.st_mtime_ns))
+        cached[shard] = run.parent / ".features" / f"pool-{pool.name}-{shard.stem}-{data.sha(key)}.pt"
     for shard in tqdm(shards[rank::world], desc=f"encoding {pool.name}", unit="shard", disable=rank > 0):
-        embed(clip, shard, folder)
+        embed(clip, shard, cached[shard])
     if world > 1:
         torch.distributed.barrier()
     if rank > 0:
@@ -260,81 +282,76 @@ def retrieve(args):
         names = list(row)
     else:
         names, z = dataset.classes, encode_texts(clip, data.class_texts(dataset, args.source))
-    made_of = {"pool": key, "source": args.source, "query": args.query, "k": args.k, "queries": data.digest([z])}
-    final = run / "retrieved"
+    tested = [one for one in (dataset, data.load_unseen(dataset)) if one]
+    bench = [cached_features(clip, one, domain, run)[1] for one in tested for domain in one.phrases]
+    final, parts = run / "retrieved", [path.name for path in cached.values()]
+    made_of = data.sha(repr((parts, args.k, args.same, names, data.digest([z, *bench]))))
     if (final / "made_of.json").exists() and json.loads((final / "made_of.json").read_text())["made_of"] == made_of:
         print(f"{final} is there already")
         return
 
     def load(shard):
-        part = torch.load(folder / f"{shard.stem}.pt")
+        part = torch.load(cached[shard])
         return {**part, "z": torch.nn.functional.normalize(part["z"].float(), dim=-1)}  # fp16 has rounded the lengths
 
-    parts = [load(shard) for shard in shards] if len(shards) < 50 else None  # a large pool is read twice, not kept
-    scores, ids = search(z, (part["z"] for part in parts or map(load, shards)), args.k)
+    bar = tqdm(shards, desc=f"searching {pool.name}", unit="shard")
+    scores, ids = search(z, (load(shard)["z"] for shard in bar), args.k)
     wanted = {}  # id in the pool: {query: score}
     for name, some_scores, some_ids in zip(names, scores.tolist(), ids.tolist()):
         for score, i in zip(some_scores, some_ids):
             wanted.setdefault(i, {})[name] = round(score, 4)
 
-    bench = benchmark(args, dataset, clip, run)
-    dropped, bad, seen, start, kept = Counter(), [], set(), 0, []
-    for shard, part in zip(shards, parts or map(load, shards)):
+    dropped, bad, start, pairs = Counter(), [], 0, {}  # pairs: {hash of the image: (name, where, text, about)}
+    for shard in tqdm(shards, desc="choosing", unit="shard"):
+        part = load(shard)
         bad += part["bad"]
         here = [i for i in range(start, start + len(part["keys"])) if i in wanted]
         if here:
-            pairs = {key: rest for key, *rest in read_shard(shard)[0]}
-            found = part["z"][[i - start for i in here]]
-            nearest = torch.stack([(found @ z_bench.T).amax(1) for z_bench in bench]).amax(0)
+            of_shard = {key: rest for key, *rest in read_shard(shard)[0]}
+            nearest = search(part["z"][[i - start for i in here]], bench, 1)[0][:, 0]
             for i, closest in zip(here, nearest.tolist()):
                 key = part["keys"][i - start]
-                where, text, about = pairs[key]
-                with open(where[0], "rb") as archive:
-                    archive.seek(where[1])
-                    image = archive.read(where[2])
-                content = hashlib.sha256(image).digest()
+                where, text, about = of_shard[key]
+                content = hashlib.sha256(read_bytes(where)).digest()
                 # CHOICE: a pair is a benchmark image at a cosine of 0.99 with one, and dropped without replacement;
                 # alternative: --same; hashes of pixels, which a new JPEG of the same picture escapes
                 if closest >= args.same:
                     dropped["also a benchmark image"] += 1
-                elif content in seen:
+                elif content in pairs:
                     dropped["found twice"] += 1
+                    queries = pairs[content][-1]["retrieved"]["queries"]
+                    queries |= {query: max(score, queries.get(query, -1)) for query, score in wanted[i].items()}
                 else:
-                    seen.add(content)
                     about = {**about, "retrieved": {"from": shard.name, "queries": wanted[i]}}
-                    kept.append((f"{shard.stem}-{key}", Path(f"x.{image_ending(image)}").suffix, image, text, about))
+                    pairs[content] = f"{shard.stem}-{key}", where, text, about
         start += len(part["keys"])
-    counts = {"available": start, "unusable": len(bad), "retrieved": len(kept), **dropped}
-    write_retrieved(final, kept, {"made_of": made_of, **counts})
+    counts = {"available": start, "damaged": len(bad), "retrieved": len(pairs), **dropped}
+    write_retrieved(final, [*pairs.values()], {"made_of": made_of, **counts})
     data.append_results(run, args, [("retrieved", args.source, "train", name, n, start, 0) for name, n in counts.items()])
     for name in bad:
-        print(f"skipped {name}", file=sys.stderr)
+        print(f"damaged: {name}", file=sys.stderr)
     said = ", ".join(f"{n} {name}" for name, n in counts.items())
     print(f"{final}: {said} ({len(names)} queries by {args.query}, k = {args.k})")
 
 
-def image_ending(image):
-    from PIL import Image
-
-    return Image.open(io.BytesIO(image)).format.lower()
-
-
-def benchmark(args, dataset, clip, run):
-    """[(n, d)] features of all images that are tested on: every domain, and of the data set of unseen classes."""
-    sets = [dataset]
-    if "unseen" in dataset.about:
-        sets.append(data.load(dataset.about["unseen"], args.data))
-    return [cached_features(clip, one, domain, run)[1] for one in sets for domain in one.phrases]
+def read_bytes(where):
+    """The bytes of `where`, (path of a tar, offset, size)."""
+    tar, offset, size = where
+    with open(tar, "rb") as archive:
+        archive.seek(offset)
+        return archive.read(size)
 
 
 def write_retrieved(final, pairs, about, shard_size=10_000):
-    """Write (key, ending, image bytes, text, json) as webdataset shards, and made_of.json, in the place of `final`."""
+    """Write (key, where the image is, text, json) as webdataset shards, and made_of.json, in the place of `final`."""
     scratch = final.with_name(f".{final.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     for start in range(0, len(pairs), shard_size):
         with tarfile.open(scratch / f"{start // shard_size:05d}.tar", "w") as tar:
-            for key, ending, image, text, more in pairs[start:start + shard_size]:
+            for key, where, text, more in pairs[start:start + shard_size]:
+                image = read_bytes(where)
+                ending = {b"\x89PNG": ".png", b"RIFF": ".webp"}.get(image[:4], ".jpg")
                 for suffix, content in (ending, image), (".txt", text.encode()), (".json", json.dumps(more).encode()):
                     info = tarfile.TarInfo(key + suffix)
                     info.size = len(content)
@@ -360,7 +377,10 @@ def load_retrieved(run, dataset, items):
     All images of the source are queries once; a seed's training takes what its own training images found, no more.
     """
     mine = {path for path, _ in items} | {*dataset.classes}
-    return [(where, text) for where, text, queries in read_retrieved(run) if mine & {*queries}]
+    found = [(where, text) for where, text, queries in read_retrieved(run) if mine & {*queries}]
+    if not found:
+        fail(f"{run / 'retrieved'} holds no pair that one of these training images found. Retrieve anew, with a larger --k.")
+    return found
 
 
 def main():

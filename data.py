@@ -5,7 +5,7 @@ A data set is known by name: one of DATASETS below, or any folder that brings it
     {"phrases": {"3d": "a 3d render", "sketch": "a sketch"},   what the pictures of each domain folder are called
      "fractions": {"train": 0.5, "val": 0.1, "test": 0.4},     optional: how the source domain is split
      "same_stem_same_thing": true,                             optional: files of one name show one thing, in any domain
-     "templates": {"3d": ["a 3d render of {}", "a 3d {}"]},    optional: FLYP's prompts (default: the phrase alone)
+     "templates": {"3d": ["a 3d {}.", "a render of the {}."]}, optional: FLYP's prompts (default: the phrase alone)
      "model": "local-dir:emoji_clip",                          optional: the CLIP to use unless --model says otherwise
      "captioner": "emoji_captioner",                           optional: the captioner, likewise
      "pool": "emoji_pool",                                     optional: folder of image-text pairs to retrieve from
@@ -130,14 +130,25 @@ def read_description(path):
         about = json.loads(path.read_text())
         phrases, fractions = about["phrases"], about.get("fractions", FRACTIONS)
         whole = set(fractions) == set(FRACTIONS) and abs(sum(fractions.values()) - 1) < 1e-6
-        if len(phrases) >= 2 and whole and set(about.get("schedules", {})) <= {"head", "visual", "all"}:
+        filled = [t.format("x") for templates in about.get("templates", {}).values() for t in templates]
+        if len(phrases) >= 2 and whole and set(about.get("schedules", {})) <= {"head", "visual", "all"} and all(filled):
             return about
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         pass
     fail(
         f"{path} does not describe a data set: it needs phrases of two domains or more; fractions of train, val and test "
-        "that make 1; schedules of head, visual, all. The top of data.py shows one."
+        "that make 1; schedules of head, visual, all; templates with {} for the class. The top of data.py shows one."
     )
+
+
+def load_unseen(dataset):
+    """The Dataset of other classes that `dataset` names as its "unseen", beside its own folder; None where it names none."""
+    if "unseen" not in dataset.about:
+        return None
+    folder = dataset.folder.parent / dataset.about["unseen"]
+    if not (folder / "dataset.json").exists() or folder.resolve() == dataset.folder.resolve():
+        fail(f"{dataset.folder / 'dataset.json'}: unseen is {folder.name!r}, but {folder} is no other data set. Mend either.")
+    return load(folder.name, folder.parent)
 
 
 def _is(folder, name):
@@ -161,9 +172,11 @@ def split(dataset, source, domain, part, seed):
 
     if domain != source and part != "test":
         return []
-    part_of = {}  # (class, thing): the part it belongs to, by the source's own things
-    for label in range(len(dataset.classes)):
-        things = sorted({thing(path) for path, y in dataset.images[source] if y == label}, key=rank)
+    things_of, part_of = {}, {}  # {class: things of the source}; {(class, thing): the part it belongs to}
+    for path, label in dataset.images[source]:
+        things_of.setdefault(label, set()).add(thing(path))
+    for label, things in things_of.items():
+        things = sorted(things, key=rank)
         train = max(1, round(dataset.fractions["train"] * len(things)))
         val = train + round(dataset.fractions["val"] * len(things))
         part_of |= {(label, t): "train" if i < train else "val" if i < val else "test" for i, t in enumerate(things)}
@@ -201,8 +214,8 @@ def prompts(dataset, domain):
     Source: FLYP draws one of 80 templates for each image. CHOICE: the domain's phrase alone unless the data set brings
     templates; alternative: OpenAI's 80, which are about photographs.
     """
-    templates = dataset.about.get("templates", {}).get(domain, [dataset.phrases[domain] + " of {}"])
-    return [[template.format(article(words(c))) for c in dataset.classes] for template in templates]
+    templates = dataset.about.get("templates", {}).get(domain, [])
+    return [[template.format(words(c)) for c in dataset.classes] for template in templates] or [class_texts(dataset, domain)]
 
 
 def read_captions(path):
@@ -312,6 +325,11 @@ def digest(tensors):
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:20]
+
+
+def sha(text):
+    """A short hash of a string."""
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def commit():

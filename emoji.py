@@ -30,7 +30,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import Parser, article, fail, positive, write_atomically
+from data import Parser, article, digest, fail, positive, write_atomically
 
 SIZE = 64  # pixels; a colour image of 64 x 64 is enough to tell a tuba from a trombone, and trains on a CPU
 
@@ -332,6 +332,15 @@ def whole_or_not_at_all(final):
     os.rename(scratch, final)
 
 
+def description(name):
+    """The contents of the dataset.json of "emoji" or "emoji_unseen"."""
+    about = {"phrases": PHRASES, "fractions": FRACTIONS, "same_stem_same_thing": True, "model": "local-dir:emoji_clip"}
+    if name == "emoji":
+        about |= {"captioner": "emoji_captioner", "pool": "emoji_pool", "unseen": "emoji_unseen"}
+        about |= {"schedules": {"visual": {"lr": 3e-4}, "all": {"lr": 3e-4}}, "frozen_stages": 6}
+    return json.dumps(about, indent=1) + "\n"
+
+
 def write_folder(root, name, classes, words, drawings):
     """Write one image folder {domain}/{class}/{code}.png with descriptions.jsonl (emojibase's words) and dataset.json."""
     shared = set.intersection(*map(set, drawings.values()))  # the same things in every domain
@@ -345,10 +354,7 @@ def write_folder(root, name, classes, words, drawings):
                 drawings[domain][c]().save(scratch / path, compress_level=1)
                 captions.append({"path": path.as_posix(), "caption": caption(words[c], random.Random(c))})
         (scratch / "descriptions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
-        about = {"phrases": PHRASES, "fractions": FRACTIONS, "same_stem_same_thing": True}
-        about |= {"model": "local-dir:emoji_clip", "captioner": "emoji_captioner", "pool": "emoji_pool", "unseen": "emoji_unseen"}
-        about |= {"schedules": {"visual": {"lr": 3e-4}, "all": {"lr": 3e-4}}, "frozen_stages": 6}
-        (scratch / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
+        (scratch / "dataset.json").write_text(description(name))
     print(f"emoji.py: wrote {root / name}: {len(chosen)} emoji in {len(classes)} classes, in {len(DOMAINS)} domains")
 
 
@@ -704,7 +710,7 @@ def train_captioner(root, out, epochs, seed=0):
     chat = "{% for message in messages %}{% for part in message['content'] %}{{ part.get('text', '<image>') }}{% endfor %}{% endfor %}"
     processor = LlavaProcessor(see, tokenizer, patch_size=32, vision_feature_select_strategy="full", chat_template=chat)
 
-    made_of = hashlib.sha256(repr((CAPTIONER, epochs, seed, texts)).encode()).hexdigest()
+    made_of = hashlib.sha256(repr((CAPTIONER, epochs, seed, texts, digest(tower.state_dict().values()))).encode()).hexdigest()
     keep, kept = keeper(made_of)
     ids = tokenizer(["<image>" * 4 + text + "[END]" for text in texts], padding=True, return_tensors="pt")
     shown = ids["input_ids"].where(ids["input_ids"] > 4, torch.where(ids["input_ids"] == 2, 2, -100))  # what is to be said
@@ -716,7 +722,6 @@ def train_captioner(root, out, epochs, seed=0):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
 
     def loss_of(i):
-        i = i[torch.argsort(ids["attention_mask"][i].sum(1))]
         longest = ids["attention_mask"][i].sum(1).max()
         x, mask, target = (t[i, :longest] for t in (ids["input_ids"], ids["attention_mask"], shown))
         return captioner(input_ids=x, attention_mask=mask, pixel_values=augment(images[i], generator), labels=target).loss
@@ -758,7 +763,13 @@ def main():
     args.data.mkdir(parents=True, exist_ok=True)
     if args.stage == "benchmark":
         downloads = args.data / ".downloads"
-        missing = [n for n in ("emoji", "emoji_unseen") if not (args.data / n / "dataset.json").exists()]
+        missing = []
+        for name in ("emoji", "emoji_unseen"):
+            about = args.data / name / "dataset.json"
+            if about.exists() and about.read_text() != description(name):
+                shutil.rmtree(about.parent)  # drawn by an earlier version of this file
+            if not about.exists():
+                missing.append(name)
         if missing:
             words = read_words(downloads)
             drawings = {domain: read_drawings(source, words, downloads) for domain, source in DOMAINS.items()}

@@ -14,6 +14,7 @@ domain: zero-shot ability; unseen mean is its mean over domains. Accuracy is top
 """
 
 import json
+import re
 import statistics
 import sys
 import textwrap
@@ -106,7 +107,7 @@ def evaluate_run(args, dataset, run, clip, cached):
     cut_frozen(clip, dataset, args)
     encode, text = encoder(clip), encode_texts(clip, head)
     original = {"head.weight": text, **{f"clip.{k}": v.cpu().clone() for k, v in clip.model.state_dict().items()}}
-    unseen = data.load(dataset.about["unseen"], args.data) if towers and "unseen" in dataset.about else None
+    unseen = data.load_unseen(dataset) if towers else None
 
     def measure(method, seed, class_weight):
         def features_of(domain, items):
@@ -121,15 +122,16 @@ def evaluate_run(args, dataset, run, clip, cached):
         return rows
 
     for seed in tqdm(range(args.seeds), desc=f"evaluating ({args.train})", unit="seed"):
-        rows = measure("zero-shot", seed, text)
+        rows = measure("zero-shot", seed, text)  # written with the first method's, whose block it then is in
         for method in args.methods:
             path = checkpoint_path(run, args.train, args.init, method, seed)
             if not path.exists():
                 fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
             state = torch.load(path, map_location="cpu")
             made_of = state["made_of"]
-            args.schedule, anchors = made_of["schedule"], made_of["anchors"]
-            args.lambdas = [anchors["lambda_cap"], anchors["lambda_ret"]]
+            args.schedule, args.frozen_stages = made_of["schedule"], made_of["frozen stages"]
+            weights = {"λ_cap": made_of["anchors"]["lambda_cap"], "λ_ret": made_of["anchors"]["lambda_ret"]}
+            label = method + "".join(f" {name}={value:g}" for name, value in weights.items() if value != 1)
             if made_of["model"] != clip.fingerprint or state["epoch"] < args.schedule["epochs"]:
                 fail(f"{path} is unfinished, or of another model. Finish it with finetune.py, or name another --run.")
             if original.keys() < state["modules"].keys() or (towers and original.keys() != state["modules"].keys()):
@@ -140,10 +142,11 @@ def evaluate_run(args, dataset, run, clip, cached):
                     clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in mix.items() if k.startswith("clip.")})
                 retold = parse_method(method).contrastive or args.train == "all"  # the head is what the text tower says
                 class_weight = encode_texts(clip, head) if retold else mix["head.weight"]
-                found = measure(method if alpha == 1 else f"{method} α={alpha:g}", seed, class_weight)
+                found = measure(label if alpha == 1 else f"{label} α={alpha:g}", seed, class_weight)
                 means = (args.source, "OOD mean", "unseen mean")
                 rows += [r for r in found if alpha in (0.5, 1) or (r[1] in means and r[2] == "test")]  # the rest is a curve
-        data.append_results(run, args, rows)
+            data.append_results(run, args, rows)
+            rows = []
         clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in original.items() if k.startswith("clip.")})
 
 
@@ -280,10 +283,14 @@ def caption_quality(dataset, source, captions, z, clip):
     Names: the class, or what people call the thing (descriptions.jsonl, where the data set has one), word for word.
     CLIP score: mean cosine of image and caption, times 100.
     """
+
+    def names(caption, what):
+        return re.search(rf"\b{re.escape(what)}\b", caption, re.I) is not None
+
     items, path = dataset.images[source], dataset.folder / "descriptions.jsonl"
-    things = {p: row["caption"].split(", ")[0].lower() for p, row in data.read_captions(path).items()} if path.exists() else {}
-    of_class = [data.words(dataset.classes[y]) in c.lower() for (_, y), c in zip(items, captions)]
-    of_either = [a or (p in things and things[p] in c.lower()) for a, (p, _), c in zip(of_class, items, captions)]
+    things = {p: row["caption"].split(", ")[0] for p, row in data.read_captions(path).items()} if path.exists() else {}
+    of_class = [names(c, data.words(dataset.classes[y])) for (_, y), c in zip(items, captions)]
+    of_either = [a or (p in things and names(c, things[p])) for a, (p, _), c in zip(of_class, items, captions)]
     score = (z * encode_texts(clip, captions)).sum(1).mean().item()
     return {
         "names the class": 100 * statistics.mean(of_class),
@@ -296,8 +303,10 @@ def figure5(args, dataset, run, clip, cached):
     """Append how good the captions are, beside shuffled ones and people's own; draw captions and retrieved pairs."""
     items = dataset.images[args.source]
     z, captions = cached(args.source, items), data.captions(dataset, [path for path, _ in items])
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
-    sets = {"captions": captions, "captions, shuffled": [captions[i] for i in order]}
+    said = data.read_captions(dataset.captions)  # what the captioner said, also where it is not used
+    said = [said[path].get("instead of", caption) for (path, _), caption in zip(items, captions)]
+    order = torch.randperm(len(said), generator=torch.Generator().manual_seed(0)).tolist()
+    sets = {"captions": said, "captions, shuffled": [said[i] for i in order]}
     people = dataset.folder / "descriptions.jsonl"
     if people.exists():
         own = data.read_captions(people)
@@ -357,7 +366,9 @@ def read_results(run):
     last = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        last[(how(row), *(row[k] for k in ("method", "domain", "split", "metric", "seed")))] = row
+        key = (how(row), *(row[k] for k in ("method", "domain", "split", "metric", "seed")))
+        last.pop(key, None)  # so that rows are in the order in which they were measured
+        last[key] = row
     return list(last.values())
 
 
@@ -368,7 +379,7 @@ def how(row):
     if row["metric"] == "accuracy":
         words += [f"--train {args['train']} --init {args['init']}"]
         words += [f"{args['schedule']['epochs']} epochs of batch {args['schedule']['batch_size']}, lr {args['schedule']['lr']}"]
-        words += ["λ_cap {}, λ_ret {}".format(*args["lambdas"])] if args["lambdas"] != [1, 1] else []
+        words += [f"{n} stages frozen"] if (n := args.get("frozen_stages")) else []
     return ", ".join(words)
 
 

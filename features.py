@@ -2,7 +2,6 @@
 
 import datetime
 import difflib
-import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import digest, fail, write_atomically
+from data import digest, fail, sha, write_atomically
 
 DEFAULT_MODEL = "ViT-B-16-quickgelu"  # both papers' backbone; OpenAI's weights were trained with QuickGELU
 
@@ -103,7 +102,8 @@ def ranks():
     """(rank, number of processes) under torchrun, whose process group is joined at the first call; (0, 1) without it."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not torch.distributed.is_initialized():
-        # ranks meet after work of uneven length (captions of a whole data set): wait for each other for a week
+        the_device()  # each process its own, before they meet
+        # they meet after work of uneven length (captions of a whole data set): wait for each other for a week
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=7))
     return int(os.environ.get("RANK", 0)), world
@@ -127,9 +127,9 @@ def freeze_stages(clip, stages):
         return
     trunk = getattr(clip.model.visual, "trunk", None)
     if not all(hasattr(trunk, part) for part in ("conv_stem", "bn1", "blocks")):
-        fail(f"{clip.name}: only towers of timm's EfficientNet family can be frozen by stages. Set the schedule's frozen to 0.")
-    if stages > len(trunk.blocks):
-        fail(f"{clip.name}: cannot freeze {stages} stages of {len(trunk.blocks)}. Lower the schedule's frozen.")
+        fail(f"{clip.name}: only towers of timm's EfficientNet family can be frozen by stages. Say --frozen-stages 0.")
+    if not 0 < stages <= len(trunk.blocks):
+        fail(f"{clip.name}: cannot freeze {stages} stages of {len(trunk.blocks)}. Say another --frozen-stages.")
     clip.front = torch.nn.Sequential(trunk.conv_stem, trunk.bn1, *trunk.blocks[:stages])
     trunk.conv_stem = trunk.bn1 = torch.nn.Identity()
     for i in range(stages):
@@ -138,6 +138,9 @@ def freeze_stages(clip, stages):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encode
+
+
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises at broken files
 
 
 def open_image(folder, where):
@@ -166,7 +169,7 @@ class Images(torch.utils.data.Dataset):
         where, label = self.items[i]
         try:
             return self.transform(open_image(self.folder, where)), label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises at broken files
+        except BROKEN:
             return None, label  # a worker process cannot stop the program with a clear line: the main one will
 
 
@@ -255,7 +258,7 @@ def fingerprint(clip):
     """A hash of the model: its name, architecture, weights, preprocessing and precision."""
     weights = digest(clip.model.state_dict().values())
     what = (clip.name, str(clip.model), weights, str(clip.preprocess), str(precision(clip.device)))
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
+    return sha(repr(what))
 
 
 def cached_features(clip, dataset, domain, run):
@@ -266,7 +269,7 @@ def cached_features(clip, dataset, domain, run):
     items = dataset.images[domain]
     stats = [(path, (s := (dataset.folder / path).stat()).st_size, s.st_mtime_ns) for path, _ in items]
     made_of = (clip.fingerprint, str(dataset.folder.resolve()), stats)
-    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]
+    key = sha(repr(made_of))
     path = run.parent / ".features" / f"{dataset.name}-{domain}-{key}.pt"
     if path.exists():
         z = torch.load(path)

@@ -232,9 +232,10 @@ def finetune(clip, dataset, source, seed, train, method, mappers, anchors, sched
     bar = tqdm(epochs, checkpoint.stem, initial=first, total=schedule.epochs, unit="epoch", leave=False, disable=ranks()[0] > 0)
     for epoch in bar:
         # order and augmentation hang on (seed, epoch) alone: a resumed run is the uninterrupted one (on a CPU to the bit)
-        torch.manual_seed(1000 * seed + epoch)
+        torch.manual_seed(1000 * seed + epoch + 10**6 * ranks()[0])  # each process augments in its own way
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         order = torch.randperm(len(items), generator=generator).split(schedule.batch_size)
+        template = torch.randint(len(prompt_tokens), (len(items),), generator=generator).to(clip.device)
         order = shares([batch.tolist() for batch in order])
         if train == "head":
             batches = ((features_all[i].unbind(1), torch.tensor(i)) for i in order)
@@ -254,15 +255,14 @@ def finetune(clip, dataset, source, seed, train, method, mappers, anchors, sched
             if train == "all":
                 scale = model.logit_scale.exp()
             if method.contrastive:
-                template = torch.randint(len(prompt_tokens), labels.shape, generator=generator).to(clip.device)
-                used, back = torch.stack([template, labels]).unique(dim=1, return_inverse=True)  # each prompt encoded once
+                used, back = torch.stack([template[rows], labels]).unique(dim=1, return_inverse=True)  # to encode each once
                 prompts, captions, retrieved = encode_text(prompt_tokens[used[0], used[1]])[back], None, None
                 if method.captions:
                     captions = encode_text(clip.tokenizer([anchors.captions[row] for row in rows.tolist()]))
                 if method.retrieved:
                     x, rows = next(retrieved_views)
-                    texts = clip.tokenizer([anchors.retrieved[row][1] for row in rows.tolist()])
-                    retrieved = encode_image(x), encode_text(texts)
+                    tokens = clip.tokenizer([anchors.retrieved[row][1] for row in rows.tolist()])
+                    retrieved = encode_image(x), encode_text(tokens)
                 loss = arf_loss(features, prompts, captions, retrieved, scale, anchors)
             else:
                 if train == "all":
@@ -297,7 +297,8 @@ def add_what(parser):
     add("--train", choices=SCHEDULES, default="head",
         help="linear head, image tower and head, or both towers; flyp and arf train both in any case but head")
     add("--init", choices=["text", "scratch"], help="the head starts as the class prompts, or random (default: see INITS)")
-    add("--frozen-stages", type=int, help="stages of the image tower that stay as they are (default: the data set's, else 0)")
+    frozen = "first stages of the image tower, which stay as they are (default: the data set's, else 0)"
+    add("--frozen-stages", type=int, metavar="N", help=frozen)
     add("--methods", nargs="+", default=["finetune", "lads", "ldfs"], help="finetune lads ldfs flyp arf …; see parse_method")
 
 
@@ -332,6 +333,8 @@ def main():
         except TypeError:
             fail(f"{dataset.folder / 'dataset.json'}: a schedule has only {', '.join(f.name for f in fields(Schedule))}.")
     rank, world = ranks()
+    if schedules[args.train].batch_size < world:
+        fail(f"--batch-size {schedules[args.train].batch_size} is less than the {world} processes. Say a larger one.")
     clip = load_clip(args, dataset)
     cut = cut_frozen(clip, dataset, args)
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
@@ -347,16 +350,17 @@ def main():
         anchors = Anchors(
             data.captions(dataset, [path for path, _ in items]) if method.captions else (),
             load_retrieved(run, dataset, items) if method.retrieved else (),
-            args.lambda_cap, args.lambda_ret,
+            args.lambda_cap if method.captions else 1.0, args.lambda_ret if method.retrieved else 1.0,
         )
+        texts = repr(([*anchors.captions], [(*where[1:], text) for where, text in anchors.retrieved]))  # wherever they lie
         made_of = {
             "schedule": asdict(schedules[train]),
             "frozen stages": cut,
             "model": clip.fingerprint,
             "images": items,
-            "prompts": data.prompts(dataset, args.source),
+            "prompts": [data.class_texts(dataset, args.source), *data.prompts(dataset, args.source)],
             "mappers": data.digest(p for m in mappers for p in m.parameters()),
-            "anchors": asdict(anchors),
+            "anchors": {"lambda_cap": anchors.lambda_cap, "lambda_ret": anchors.lambda_ret, "texts": data.sha(texts)},
         }
         path = checkpoint_path(run, args.train, init, name, seed)
         clip.model.load_state_dict(original)

@@ -50,8 +50,9 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
+known='^(finetune|(lads|ldfs)(:.*)?|(flyp(\+captions)?(\+retrieved)?|arf)(\+(lads|ldfs)(:.*)?)?)$'
 for method in "${methods[@]}"; do  # before hours of captions
-  [[ "$method" =~ ^(finetune|(lads|ldfs)(:.*)?|(flyp(\+captions)?(\+retrieved)?|arf)(\+(lads|ldfs)(:.*)?)?)$ ]] ||
+  [[ "$method" =~ $known ]] ||
     { echo "run_arf.sh: unknown method $method; see --help" >&2; exit 2; }
 done
 
@@ -59,15 +60,19 @@ done
 names=" ${methods[*]} "
 if [ -f "$dataset.py" ]; then  # a data set that a script here makes
   python3 "$dataset.py" --data "$data"
-  [[ " ${pool[*]-} " == *" --pool "* ]] || python3 "$dataset.py" pool --data "$data"
+  if [[ "$names" =~ retrieved|arf && " ${pool[*]-} " != *" --pool "* ]]; then python3 "$dataset.py" pool --data "$data"; fi
 fi
+stages=() flags=() figures=run,curve
+if [[ "$names" =~ captions|arf|ldfs ]]; then stages+=(caption) flags+=("${captioner[@]+"${captioner[@]}"}"); fi
+if [[ "$names" =~ retrieved|arf ]]; then stages+=(retrieve) flags+=("${pool[@]+"${pool[@]}"}"); fi
+if [ ${#stages[@]} -eq 2 ]; then figures+=,figure5; fi
 recipes=$(tr ' +' '\n\n' <<< "$names" | grep -E '^(lads|ldfs)' | sort -u || true)
 # "${x[@]+"${x[@]}"}" is "${x[@]}" that an empty x does not break in the bash 3.2 of macOS
 what=("$dataset" "$source" --data "$data" --run "$run" --seeds "$seeds" "${common[@]+"${common[@]}"}")
 train=(--train visual --methods "${methods[@]}" "${frozen[@]+"${frozen[@]}"}")
 
-python3 anchors.py caption,retrieve "${what[@]}" "${captioner[@]+"${captioner[@]}"}" "${pool[@]+"${pool[@]}"}"
+[ ${#stages[@]} -eq 0 ] || python3 anchors.py "$(IFS=,; echo "${stages[*]}")" "${what[@]}" "${flags[@]+"${flags[@]}"}"
 [ -z "$recipes" ] || python3 mapper.py "${what[@]}" "${steps[@]+"${steps[@]}"}" --recipes $recipes
 python3 finetune.py "${what[@]}" "${train[@]}" "${tune[@]+"${tune[@]}"}"
-python3 evaluate.py run,curve,figure5 "${what[@]}" "${train[@]}" --alphas 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9
-echo "wrote $run/results.jsonl, $run/table.md, $run/curve.png, $run/figure5.png"
+python3 evaluate.py $figures "${what[@]}" "${train[@]}" --alphas 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9
+echo "wrote $run/results.jsonl, $run/table.md"

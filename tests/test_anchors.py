@@ -125,6 +125,14 @@ def test_captions_of_other_origin_stay_and_another_captioners_are_made_again(tin
     assert "28 not by a captioner" in capsys.readouterr().out
 
 
+def test_without_a_captioner_asked_for_all_captions_stay(tiny_data, monkeypatch, capsys):
+    path = tiny_data / "tiny" / "captions.jsonl"
+    before = path.read_text().replace('"}', '", "by": "a better captioner, beam 9"}')
+    path.write_text(before)
+    call(monkeypatch, "caption", "tiny", "photo", "--data", tiny_data)  # BLIP-2 is not even loaded
+    assert path.read_text() == before
+
+
 def test_empty_and_repeated_captions_are_the_class_prompt_and_counted(tiny_data, tiny_blip2, monkeypatch, capsys):
     (tiny_data / "tiny" / "captions.jsonl").unlink()
     said = iter(["", "a dog a dog a dog", *["fine"] * 28])
@@ -190,8 +198,12 @@ def test_what_is_damaged_is_skipped_and_named(tmp_path):
     assert [key for key, *_ in pairs] == ["a", "b", "e", "f"]
     assert len(bad) == 2 and "e.json" in bad[0] and "00000.tar: c (no text)" in bad[1]
     with tarfile.open(path) as tar:
-        offset = tar.getmember("f.png").offset_data
-    path.write_bytes(path.read_bytes()[:offset + 20])  # a download that broke off
+        header, offset = tar.getmember("b.jpg").offset, tar.getmember("f.png").offset_data
+    whole = path.read_bytes()
+    path.write_bytes(whole[:header] + b"?" * 512 + whole[header + 512:])  # tarfile would take this for the end
+    pairs, bad = anchors.read_shard(path)
+    assert [key for key, *_ in pairs] == ["a", "e", "f"] and any(f"byte {header} (damaged header)" in name for name in bad)
+    path.write_bytes(whole[:offset + 20])  # a download that broke off
     pairs, bad = anchors.read_shard(path)
     assert [key for key, *_ in pairs] == ["a", "b", "e"] and any("00000.tar after" in name for name in bad)
 
@@ -211,7 +223,7 @@ def test_retrieval_keeps_benchmark_images_and_duplicates_out(tiny_data, tiny_poo
     find = ["retrieve", "tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--pool", tiny_pool, "--run", run]
     call(monkeypatch, *find, "--k", 43, "--same", 0.99999)
     out, err = capsys.readouterr()
-    assert "skipped 00002.tar: bad (not a readable image)" in err and "43 available, 1 unusable" in out
+    assert "damaged: 00002.tar: bad (not a readable image)" in err and "43 available, 1 damaged" in out
     found = retrieved(run)
     assert not any(text == "a leak" for text, _ in found.values()) and "00002-twice" not in found and "00000-0000" in found
     rows = {r["metric"]: r["value"] for line in (run / "results.jsonl").read_text().splitlines() for r in [json.loads(line)]}
@@ -233,6 +245,9 @@ def test_retrieval_embeds_once_and_searches_again_for_another_k(tiny_data, tiny_
     call(monkeypatch, *find)
     assert (run / "retrieved" / "00000.tar").stat().st_mtime_ns == stamp and "is there already" in capsys.readouterr().out
     call(monkeypatch, *find, "--k", 3)
+    (tiny_data / "tiny" / "sketch" / "cat" / "0.png").write_bytes(square(7))  # another benchmark: to be checked anew
+    call(monkeypatch, *find, "--k", 3)
+    assert "already" not in capsys.readouterr().out
     assert len(embedded) == 2 and len(retrieved(run)) > few  # two shards, each once
     call(monkeypatch, *find, "--query", "text")
     assert {q for _, about in retrieved(run).values() for q in about["retrieved"]["queries"]} <= {"cat", "dog", "red_house"}
@@ -241,7 +256,10 @@ def test_retrieval_embeds_once_and_searches_again_for_another_k(tiny_data, tiny_
 def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path):
     zero, one = "photo/cat/0.png", "photo/cat/1.png"
     queries = [{zero: 0.9}, {one: 0.8}, {zero: 0.7, one: 0.9}, {"dog": 0.5}]
-    pairs = [(str(i), ".png", square(i), f"text {i}", {"retrieved": {"queries": q}}) for i, q in enumerate(queries)]
+    members = {f"{i}.{e}": c for i in range(4) for e, c in (("png", square(i)), ("txt", b"text %d" % i))}
+    write_shard(tmp_path / "pool.tar", members)
+    shard = anchors.read_shard(tmp_path / "pool.tar")[0]
+    pairs = [(key, where, text, {"retrieved": {"queries": q}}) for (key, where, text, _), q in zip(shard, queries)]
     anchors.write_retrieved(tmp_path / "retrieved", pairs, {})
     dataset = data.load("tiny", tiny_data)
     got = anchors.load_retrieved(tmp_path, dataset, [(one, 0)])
@@ -249,6 +267,9 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
     from features import open_image
 
     assert open_image(None, got[0][0]).size == (16, 16)
+    with pytest.raises(SystemExit):
+        anchors.write_retrieved(tmp_path / "other" / "retrieved", pairs[:2], {})
+        anchors.load_retrieved(tmp_path / "other", dataset, [("photo/cat/2.png", 0)])
 
 
 def test_no_pool_is_one_line(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):

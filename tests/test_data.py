@@ -151,7 +151,7 @@ def test_flyps_prompts_come_from_the_templates(tiny_data):
     about = tiny_data / "tiny" / "dataset.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"templates": {"photo": ["{} in a photo", "{}."]}}))
     texts = data.prompts(data.load("tiny", tiny_data), "photo")
-    assert [t[2] for t in texts] == ["a red house in a photo", "a red house."]
+    assert [t[2] for t in texts] == ["red house in a photo", "red house."]
 
 
 def test_the_cache_is_keyed_by_weights_preprocessing_and_images(tiny_data, tiny_clip, tmp_path):

@@ -90,7 +90,7 @@ def test_consistency_of_known_neighbours():
     assert got == {"domain consistency": 50, "class consistency": 50, "unique neighbours": 50}
 
 
-ARGS = {"train": "head", "init": "text", "model": "m", "schedule": {"epochs": 2, "batch_size": 8, "lr": 0.1}, "lambdas": [1, 1]}
+ARGS = {"train": "head", "init": "text", "model": "m", "schedule": {"epochs": 2, "batch_size": 8, "lr": 0.1}}
 
 
 def write(run, *rows):

@@ -319,6 +319,8 @@ def train_in_process(rank, world, tiny_data, tiny_clip, anchors, path, method):
 
 @pytest.mark.parametrize("method", ["finetune", "arf"])
 def test_two_processes_train_as_one_on_the_same_global_batch(tiny_data, tiny_clip, anchors_of, tmp_path, method):
+    about = tiny_data / "tiny" / "dataset.json"  # two templates: which is drawn must not hang on the process
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"templates": {"photo": ["a photo of {}", "look, a {}!"]}}))
     arguments = (tiny_data, tiny_clip, anchors_of)
     train_in_process(0, 1, *arguments, tmp_path / "one" / "c.pt", method)
     torch.multiprocessing.spawn(train_in_process, (2, *arguments, tmp_path / "two" / "c.pt", method), nprocs=2)
