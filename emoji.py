@@ -3,7 +3,7 @@
     python emoji.py            # data/emoji, data/emoji_unseen: image folders {domain}/{class}/{code point}.png
     python emoji.py pool       # data/emoji_pool: image-text pairs of everything else, as webdataset shards
     python emoji.py pretrain   # emoji_clip/: the mini CLIP, trained on that pool (half an hour on two cores)
-    python emoji.py captioner  # emoji_captioner/: the mini captioner, trained on that pool (TIME on two cores)
+    python emoji.py captioner  # emoji_captioner/: the mini captioner, trained on that pool (some ten minutes)
 
 Images come from openly licensed emoji sets of the npm registry (SOURCES below; licences in the README), the words
 from emojibase. Packages are pinned by version and by integrity hash. This is the only file that knows about emoji:

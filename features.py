@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -55,6 +54,8 @@ def load_clip(args, dataset):
 
     Exits with status 2 when the name, the tag or the folder does not exist or the weights cannot be had.
     """
+    import open_clip  # here, for it takes seconds, and what needs no CLIP need not wait
+
     name = args.model or dataset.about.get("model") or DEFAULT_MODEL
     pretrained = None
     if name.startswith("local-dir:"):

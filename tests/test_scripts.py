@@ -25,11 +25,9 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
 
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*.pt")}
     assert len(files) == 2 * (2 * 2 + 3)  # seeds x (recipes x targets + checkpoints)
-    script("run_ldfs.sh", "tiny", "photo", *options)
-    assert files == {p: p.stat().st_mtime_ns for p in files}  # nothing is trained twice
-
-    other = ["--train", "visual", "--init", "scratch", "--methods", "finetune", "ldfs:sigma=0"]
+    other = ["--train", "visual", "--init", "scratch", "--methods", "finetune", "ldfs", "ldfs:sigma=0"]
     script("run_ldfs.sh", "tiny", "photo", *options, *other)
+    assert files == {p: p.stat().st_mtime_ns for p in files}  # nothing is trained twice
     assert "--train visual --init scratch" in (tmp_path / "run" / "table.md").read_text()
 
 
