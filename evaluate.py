@@ -310,7 +310,7 @@ def figure5(args, dataset, run, clip, cached):
     people = dataset.folder / "descriptions.jsonl"
     if people.exists():
         own = data.read_captions(people)
-        sets["descriptions by people"] = [f"{dataset.phrases[args.source]} of {own[path]['caption']}" for path, _ in items]
+        sets["descriptions by people"] = [own[path]["caption"] for path, _ in items]
     rows = []
     for name, texts in sets.items():
         for measure, value in caption_quality(dataset, args.source, texts, z, clip).items():
