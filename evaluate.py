@@ -242,7 +242,8 @@ def curve(run):
 
     points = {}  # method: {α: {domain: [value of each seed]}}
     of_run = [r for r in read_results(run) if r["metric"] == "accuracy" and r["split"] == "test"]
-    of_run = [r for r in of_run if how(r) == how(of_run[-1])]  # of several ways of training, the last
+    latest = max(of_run, key=lambda r: r["line"], default=None)
+    of_run = [r for r in of_run if how(r) == how(latest)]  # of several ways of training, the one measured last
     for row in of_run:
         method, _, alpha = row["method"].partition(" α=")
         at = points.setdefault(method, {}).setdefault(float(alpha or method != "zero-shot"), {})
@@ -359,16 +360,14 @@ def draw_figure5(dataset, path, columns):
 
 
 def read_results(run):
-    """The rows of run/results.jsonl; of rows about the same thing (a stage was run again) only the last."""
+    """The rows of run/results.jsonl and their lines; of rows about the same thing (a stage was run again) only the last."""
     path = Path(run) / "results.jsonl"
     if not path.exists():
         fail(f"{path} is not there. Run something first: bash run_ldfs.sh --help")
     last = {}
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text().splitlines()):
         row = json.loads(line)
-        key = (how(row), *(row[k] for k in ("method", "domain", "split", "metric", "seed")))
-        last.pop(key, None)  # so that rows are in the order in which they were measured
-        last[key] = row
+        last[(how(row), *(row[k] for k in ("method", "domain", "split", "metric", "seed")))] = {**row, "line": number}
     return list(last.values())
 
 
