@@ -99,7 +99,7 @@ def caption(args):
     by = f"{name}, prompt {args.prompt!r}, beam {args.beams}, {args.max_tokens} tokens"
 
     def good(rows):  # people's captions (they have no "by") stay; another captioner's give way to one that was asked for
-        return {p: row for p, row in rows.items() if not args.captioner or row.get("by", by) == by}
+        return {p: row for p, row in rows.items() if row["caption"] and (not args.captioner or row.get("by", by) == by)}
 
     def parts():
         return sorted(path.parent.glob(f".{path.name}.part*"))
@@ -117,7 +117,10 @@ def caption(args):
         class_prompts = data.class_texts(dataset, args.source)
         mine = path.with_name(f".{path.name}.part{rank}")
         rows = read_part(mine) if mine.exists() else {}
-        data.write_atomically(mine, lambda new: new.write_text(lines(rows.values())))  # less a line that a kill cut short
+        try:
+            data.write_atomically(mine, lambda new: new.write_text(lines(rows.values())))  # less a line that a kill cut short
+        except OSError as error:
+            fail(f"{path}: captions cannot be written there ({error.strerror}). Name another file with --captions.")
         with open(mine, "a") as file, tqdm(total=len(todo), desc="captions", unit="img", disable=rank > 0) as bar:
             for i in range(0, len(todo), args.batch_size):
                 batch = todo[i:i + args.batch_size]
@@ -393,7 +396,7 @@ def main():
     add = parser.add_argument
     if "caption" in wanted:
         default = f"(default: the data set's, else {DEFAULT_CAPTIONER})"
-        add("--captioner", help=f"image-to-text model on the Hugging Face hub, or a folder {default}")
+        add("--captioner", help=f"image-to-text model on the hub, or a folder; named here, it replaces others' captions {default}")
         add("--prompt", default="", help="words that the caption goes on from (default: none)")
         add("--beams", type=data.positive(int), default=5, help="beams of the search (default: 5)")
         add("--max-tokens", type=data.positive(int), default=30, help="longest caption (default: 30)")

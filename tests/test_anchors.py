@@ -117,12 +117,12 @@ def test_captions_of_the_source_resume_after_a_kill(tiny_data, tiny_blip2, monke
 def test_captions_of_other_origin_stay_and_another_captioners_are_made_again(tiny_data, tiny_blip2, monkeypatch, capsys):
     path = tiny_data / "tiny" / "captions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0]["by"] = "another captioner"
+    rows[0]["by"], rows[1]["caption"] = "another captioner", " "
     path.write_text(anchors.lines(row for row in rows if row["path"] != "photo/dog/3.png"))
     monkeypatch.setattr(anchors, "caption_images", lambda model, processor, images, *rest: ["new"] * len(images))
     call(monkeypatch, "caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2)
-    assert {p for p, c in captions_of(tiny_data).items() if c == "new"} == {rows[0]["path"], "photo/dog/3.png"}
-    assert "28 not by a captioner" in capsys.readouterr().out
+    assert {p for p, c in captions_of(tiny_data).items() if c == "new"} == {rows[0]["path"], rows[1]["path"], "photo/dog/3.png"}
+    assert "27 not by a captioner" in capsys.readouterr().out
 
 
 def test_without_a_captioner_asked_for_all_captions_stay(tiny_data, monkeypatch, capsys):
