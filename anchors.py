@@ -396,7 +396,7 @@ def main():
     add = parser.add_argument
     if "caption" in wanted:
         default = f"(default: the data set's, else {DEFAULT_CAPTIONER})"
-        add("--captioner", help=f"image-to-text model on the hub, or a folder; named here, it replaces others' captions {default}")
+        add("--captioner", help=f"model on the Hugging Face hub, or a folder; if named, others' captions give way {default}")
         add("--prompt", default="", help="words that the caption goes on from (default: none)")
         add("--beams", type=data.positive(int), default=5, help="beams of the search (default: 5)")
         add("--max-tokens", type=data.positive(int), default=30, help="longest caption (default: 30)")
