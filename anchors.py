@@ -36,6 +36,7 @@ from features import (
     open_image,
     precision,
     ranks,
+    read_member,
     the_device,
 )
 
@@ -315,7 +316,7 @@ def retrieve(args):
             for i, closest in zip(here, nearest.tolist()):
                 key = part["keys"][i - start]
                 where, text, about = of_shard[key]
-                content = hashlib.sha256(read_bytes(where)).digest()
+                content = hashlib.sha256(read_member(where)).digest()
                 # CHOICE: a pair is a benchmark image at a cosine of 0.99 with one, and dropped without replacement;
                 # alternative: --same; hashes of pixels, which a new JPEG of the same picture escapes
                 if closest >= args.same:
@@ -337,14 +338,6 @@ def retrieve(args):
     print(f"{final}: {said} ({len(names)} queries by {args.query}, k = {args.k})")
 
 
-def read_bytes(where):
-    """The bytes of `where`, (path of a tar, offset, size)."""
-    tar, offset, size = where
-    with open(tar, "rb") as archive:
-        archive.seek(offset)
-        return archive.read(size)
-
-
 def write_retrieved(final, pairs, about, shard_size=10_000):
     """Write (key, where the image is, text, json) as webdataset shards, and made_of.json, in the place of `final`."""
     scratch = final.with_name(f".{final.name}.part")
@@ -353,7 +346,7 @@ def write_retrieved(final, pairs, about, shard_size=10_000):
     for start in range(0, len(pairs), shard_size):
         with tarfile.open(scratch / f"{start // shard_size:05d}.tar", "w") as tar:
             for key, where, text, more in pairs[start:start + shard_size]:
-                image = read_bytes(where)
+                image = read_member(where)
                 ending = {b"\x89PNG": ".png", b"RIFF": ".webp"}.get(image[:4], ".jpg")
                 for suffix, content in (ending, image), (".txt", text.encode()), (".json", json.dumps(more).encode()):
                     info = tarfile.TarInfo(key + suffix)

@@ -146,15 +146,17 @@ BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # wha
 
 def open_image(folder, where):
     """RGB image of `where`: a path relative to `folder`, or (path of a tar, offset, size) of a member of an archive."""
-    if isinstance(where, str):
-        file = folder / where
-    else:
-        tar, offset, size = where
-        with open(tar, "rb") as archive:
-            archive.seek(offset)
-            file = io.BytesIO(archive.read(size))
+    file = folder / where if isinstance(where, str) else io.BytesIO(read_member(where))
     with Image.open(file) as image:
         return image.convert("RGB")
+
+
+def read_member(where):
+    """The bytes of one member of an archive, `where` = (path of a tar, offset, size)."""
+    tar, offset, size = where
+    with open(tar, "rb") as archive:
+        archive.seek(offset)
+        return archive.read(size)
 
 
 class Images(torch.utils.data.Dataset):
