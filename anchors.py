@@ -29,7 +29,7 @@ from features import (
     BROKEN,
     cached_features,
     encode_batch,
-    encode_texts,
+    encode_head,
     image_batches,
     in_order,
     load_clip,
@@ -39,6 +39,7 @@ from features import (
     read_member,
     the_device,
 )
+from methods import chosen
 
 DEFAULT_CAPTIONER = "Salesforce/blip2-opt-2.7b"
 
@@ -93,6 +94,8 @@ def repeats_itself(caption):
 
 def caption(args):
     """Write a caption for every image of the source domain that has none from this captioner, or from somewhere else."""
+    if args.methods and not any(m.needs_captions for m in chosen(args).values()):
+        return  # no method asks for captions
     dataset, _ = data.prepare(args, data.load(args.dataset, args.data))
     path = Path(args.captions) if args.captions else dataset.captions or dataset.folder / "captions.jsonl"
     rank, world = ranks()
@@ -108,7 +111,7 @@ def caption(args):
     finished = good(data.read_captions(path)) if path.exists() else {}
     for part in parts():
         finished |= good(read_part(part))
-    labels = dict(dataset.images[args.source])
+    labels = dict(dataset.trainable(args.source))
     todo = [p for p in list(labels)[rank::world] if p not in finished]
     if world > 1:
         torch.distributed.barrier()  # nobody writes before all have read
@@ -123,8 +126,8 @@ def caption(args):
         except OSError as error:
             fail(f"{path}: captions cannot be written there ({error.strerror}). Name another file with --captions.")
         with open(mine, "a") as file, tqdm(total=len(todo), desc="captions", unit="img", disable=rank > 0) as bar:
-            for i in range(0, len(todo), args.batch_size):
-                batch = todo[i:i + args.batch_size]
+            for i in range(0, len(todo), args.caption_batch):
+                batch = todo[i:i + args.caption_batch]
                 images = []
                 for p in batch:
                     try:
@@ -175,53 +178,31 @@ def read_part(path):
 # ITAR: image-text pairs from a pool
 
 
-def read_shard(path):
-    """[(key, where, text, about)] of a webdataset shard, and [name] of what cannot be used, from tar headers and texts alone.
+def make_pool(pool, dataset):
+    """Make a pool that is not there where this repository knows how: CC3M from the hub, that of the emoji benchmark.
 
-    An image is key.jpg, .png or .webp, its text key.txt, what else is known of it key.json (optional); `where` is for
-    features.open_image.
+    Exits with status 2 where it does not.
     """
-    images, texts, abouts, bad = {}, {}, {}, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) or (member := behind_damage(tar, path, bad)):
-                key, _, ending = member.name.rpartition(".")
-                if f".{ending}" in data.IMAGE_ENDINGS:
-                    images[key] = (str(path), member.offset_data, member.size)
-                elif ending == "txt":
-                    texts[key] = tar.extractfile(member).read().decode(errors="replace").strip()
-                elif ending == "json":
-                    try:
-                        abouts[key] = json.loads(tar.extractfile(member).read())
-                    except ValueError:
-                        bad.append(f"{path.name}: {member.name} (not JSON)")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        bad.append(f"{path.name} after {len(images)} images ({error})")
-    bad += [f"{path.name}: {key} (no text)" for key in images if not texts.get(key)]
-    return [(key, where, texts[key], abouts.get(key, {})) for key, where in images.items() if texts.get(key)], bad
-
-
-def behind_damage(tar, path, bad):
-    """The first member behind a damaged header, which is named in `bad`; None at the end of the archive.
-
-    tarfile takes a damaged header for the end: but there the rest is zeros.
-    """
-    tar.fileobj.seek(tar.offset)
-    if not tar.fileobj.read(512).strip(b"\0"):
-        return None
-    bad.append(f"{path.name}: what begins at byte {tar.offset} (damaged header)")
-    while block := tar.fileobj.read(512):
-        if block[257:262] == b"ustar":
-            tar.offset = tar.fileobj.tell() - 512
-            return tar.next() or behind_damage(tar, path, bad)
-    return None
+    if any(pool.glob("*.tar")):
+        return
+    if ranks()[1] > 1:
+        fail(f"{pool} is not there, and not all processes of torchrun shall make it. Run anchors.py retrieve without it first.")
+    if pool.name == "cc3m":
+        data.fetch("pixparse/cc3m-wds", pool, ["cc3m-train-*.tar"])
+    elif pool.name == "emoji_pool":
+        data.make_emoji("pool", pool.parent)
+    else:
+        fail(
+            f"--pool {pool}: no webdataset shards there (00000.tar with KEY.jpg, KEY.txt). Name another folder; or none, "
+            "and CC3M is fetched."
+        )
 
 
 def embed(clip, shard, out):
     """Features of the images of one shard, written to `out` once: {"keys", "z" (n, d) fp16, "bad"}, in the shard's order."""
     if out.exists():
         return
-    pairs, bad = read_shard(shard)
+    pairs, bad = data.read_shard(shard)
     unreadable, features, rows = [], [], []
     items = [(where, i) for i, (_, where, _, _) in enumerate(pairs)]
     batches = in_order(len(items), 256)
@@ -258,14 +239,12 @@ def search(queries, parts, k):
 
 def retrieve(args):
     """Embed the pool, search it, and write runs/…/retrieved/*.tar: the pairs nearest to the source's images or classes."""
+    if args.methods and not any(m.retrieved for m in chosen(args).values()):
+        return  # no method asks for retrieved pairs
     dataset, run = data.prepare(args, data.load(args.dataset, args.data))
     pool = Path(args.pool or dataset.folder.parent / dataset.about.get("pool", "cc3m"))
+    make_pool(pool, dataset)
     shards = sorted(pool.glob("*.tar"))
-    if not shards:
-        fail(
-            f"--pool {pool}: no webdataset shards there (00000.tar with key.jpg, key.txt). CC3M as such is pixparse/cc3m-wds "
-            "on the Hugging Face hub; the pool of the emoji benchmark is made by: python emoji.py pool"
-        )
     rank, world = ranks()
     clip = load_clip(args, dataset)
     cached = {}  # shard: its features' file, whose name hangs on the model and the shard
@@ -283,11 +262,12 @@ def retrieve(args):
     # CHOICE: image→image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the class prompts; a larger --k
     if args.query == "image":
         row, z = cached_features(clip, dataset, args.source, run)
-        names = list(row)
+        names = [path for path, _ in dataset.trainable(args.source)]
+        z = z[[row[path] for path in names]]
     else:
-        names, z = dataset.classes, encode_texts(clip, data.class_texts(dataset, args.source))
+        names, z = dataset.classes, encode_head(clip, data.prompts(dataset, args.source))
     tested = [one for one in (dataset, data.load_unseen(dataset)) if one]
-    bench = [cached_features(clip, one, domain, run)[1] for one in tested for domain in one.phrases]
+    bench = [cached_features(clip, one, domain, run)[1] for one in tested for domain in one.images]
     final, parts = run / "retrieved", [path.name for path in cached.values()]
     made_of = data.sha(repr((parts, args.k, args.same, names, data.digest([z, *bench]))))
     if (final / "made_of.json").exists() and json.loads((final / "made_of.json").read_text())["made_of"] == made_of:
@@ -311,7 +291,7 @@ def retrieve(args):
         bad += part["bad"]
         here = [i for i in range(start, start + len(part["keys"])) if i in wanted]
         if here:
-            of_shard = {key: rest for key, *rest in read_shard(shard)[0]}
+            of_shard = {key: rest for key, *rest in data.read_shard(shard)[0]}
             nearest = search(part["z"][[i - start for i in here]], bench, 1)[0][:, 0]
             for i, closest in zip(here, nearest.tolist()):
                 key = part["keys"][i - start]
@@ -363,7 +343,7 @@ def read_retrieved(run):
     shards = sorted((run / "retrieved").glob("*.tar"))
     if not shards:
         fail(f"{run / 'retrieved'} holds no pairs. Retrieve them: python anchors.py retrieve DATASET SOURCE")
-    pairs = [pair for shard in shards for pair in read_shard(shard)[0]]
+    pairs = [pair for shard in shards for pair in data.read_shard(shard)[0]]
     return [(where, text, about["retrieved"]["queries"]) for _, where, text, about in pairs]
 
 
@@ -386,19 +366,6 @@ def main():
         fail("say what to do: python anchors.py caption|retrieve|caption,retrieve DATASET SOURCE")
     parser = data.arguments(__doc__)
     parser.prog = f"anchors.py {sys.argv[1]}"
-    add = parser.add_argument
-    if "caption" in wanted:
-        default = f"(default: the data set's, else {DEFAULT_CAPTIONER})"
-        add("--captioner", help=f"model on the Hugging Face hub, or a folder; if named, others' captions give way {default}")
-        add("--prompt", default="", help="words that the caption goes on from (default: none)")
-        add("--beams", type=data.positive(int), default=5, help="beams of the search (default: 5)")
-        add("--max-tokens", type=data.positive(int), default=30, help="longest caption (default: 30)")
-        add("--batch-size", type=data.positive(int), default=32, help="images at a time (default: 32)")
-    if "retrieve" in wanted:
-        add("--pool", help="folder of webdataset shards (default: the data set's, else cc3m, in --data)")
-        add("--k", type=data.positive(int), default=1, help="pairs for each query (default: 1)")
-        add("--query", choices=["image", "text"], default="image", help="the source's images (default), or class prompts")
-        add("--same", type=data.positive(float), default=0.99, help="cosine at which two images are the same (default: 0.99)")
     args = parser.parse_args(sys.argv[2:])
     for stage in wanted:
         stages[stage](args)

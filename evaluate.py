@@ -13,11 +13,13 @@ extended the mean of ID and OOD mean (LADS's measure). Unseen is accuracy on ima
 domain: zero-shot ability; unseen mean is its mean over domains. Accuracy is top-1, over images, in per cent.
 """
 
+import functools
 import json
 import re
 import statistics
 import sys
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,10 +28,54 @@ from tqdm import tqdm
 import data
 from anchors import read_retrieved
 from data import fail
-from features import cached_features, encode_batch, encode_images, encode_texts, front_features, load_clip, open_image
-from finetune import INITS, add_what, checkpoint_path, cut_frozen, parse_method
+from features import (
+    cached_features,
+    encode_batch,
+    encode_head,
+    encode_images,
+    encode_texts,
+    front_features,
+    load_clip,
+    open_image,
+)
+from finetune import CACHED, INITS, checkpoint_path, cut_frozen, schedules
 from mapper import load_mapper
+from methods import chosen, recipes_of
 
+# What others measured, printed below one's own table; each under the name of whose it is.
+_LEAVE_ONE_OUT = (
+    "A range to expect, not the paper's: ViT-B/16 trained on all domains but the one it is tested on, the mean over these "
+    "(re-printed by CLIPood and others; several sources, where run_ldfs.sh has one)",
+    "method               | PACS | VLCS | OfficeHome | TerraIncognita | DomainNet",
+    "zero-shot CLIP       | 96.2 | 81.7 | 82.0       | 33.4           | 57.5     ",
+    "CoOp                 | 96.8 | 81.2 | 84.2       | 44.9           | 59.9     ",
+    "finetune (ERM)       | 96.1 | 83.0 | 83.3       | 60.9           | 59.9     ",
+    "CLIPood              | 97.3 | 85.0 | 87.0       | 60.4           | 63.5     ",
+)
+PUBLISHED = {
+    **dict.fromkeys(("pacs", "vlcs", "office_home", "terra_incognita", "domainnet"), [_LEAVE_ONE_OUT]),
+    "imagenet": [
+        (
+            "ARF's numbers as three later papers re-print them (ViT-B/16, finetuned on ImageNet, no interpolation); "
+            "* ObjectNet from an incomplete download",
+            "method           | ID (imagenet) | v2   | r    | a    | sketch | objectnet | OOD mean",
+            "zero-shot        | 68.3          | 61.9 | 77.7 | 50.0 | 48.3   | 55.4      | 58.7    ",
+            "finetune         | 81.3          | 71.2 | 66.1 | 37.8 | 46.1   | 53.3      | 54.9    ",
+            "LP-FT            | 81.7          | 72.1 | 73.5 | 47.6 | 50.3   | 58.2*     | 60.3    ",
+            "flyp             | 82.6          | 72.8 | 71.6 | 48.9 | 49.6   | 55.5      | 59.7    ",
+            "arf              | 82.7          | 72.8 | 75.6 | 50.3 | 51.8   | 55.8      | 61.3    ",
+            "finetune α=0.5   | 81.7          | 72.8 | 78.7 | 52.2 | 53.9   | 57.3      | 63.0    ",
+        ),
+        (
+            "Likewise, zero-shot after finetuning on ImageNet; the splits are CoOp's, those of clip-benchmark differ: its own "
+            "zero-shot ViT-B/16 has Cars 64.46, SUN 64.35, DTD 44.57, EuroSAT 55.59, Aircraft 24.18, Flowers 71.36, Pets 88.93",
+            "method | caltech | flowers | food | sun  | dtd  | aircraft | cars | pets | eurosat | ucf  | unseen mean",
+            "CLIP   | 89.5    | 67.0    | 84.5 | 63.0 | 46.3 | 22.6     | 59.0 | 87.7 | 46.3    | 65.7 | 63.2       ",
+            "flyp   | 87.6    | 39.7    | 63.3 | 52.6 | 36.8 | 8.0      | 32.3 | 77.2 | 38.2    | 59.0 | 49.5       ",
+            "arf    | 88.6    | 46.4    | 74.5 | 63.8 | 40.4 | 13.9     | 44.7 | 83.1 | 35.8    | 64.6 | 55.6       ",
+        ),
+    ],
+}
 METRICS = ("caption quality", "domain consistency", "class consistency", "unique neighbours", "accuracy")
 
 
@@ -38,42 +84,63 @@ def accuracy(z, labels, class_weight):
     return 100 * (z @ class_weight.T).argmax(1).eq(labels).float().mean().item()
 
 
-def accuracies(dataset, source, seed, features_of, class_weight, method):
+def accuracies(dataset, source, seed, features_of, head_of, method):
     """Rows of accuracy: the source's val and test part, every target domain's test part, and their means.
 
-    features_of(domain, items) gives the (N, d) features of a list of (path, label).
+    features_of(domain, items) gives the (N, d) features of a list of (where, label), head_of(domain) the (C, d) classifier,
+    or None where there is none. A domain that is not on this disk, or has no classifier, has no value; the means are over
+    those that have.
     """
     rows, by_domain = [], {}
-    for domain, part in [(source, "val"), (source, "test"), *((d, "test") for d in dataset.targets(source))]:
+    for domain, part in [(source, "val"), (source, "test"), *((d, "test") for d in dataset.phrases if d != source)]:
+        if domain in dataset.absent:
+            rows.append((method, domain, part, "accuracy", None, 0, seed))
+            continue
         items = data.split(dataset, source, domain, part, seed)
         if not items and part == "val":  # a small data set may leave no image for validation
             continue
         if not items:
             fail(f"no image of {dataset.folder / domain} is left to test on; add images, or change the fractions.")
+        if (class_weight := head_of(domain)) is None:
+            rows.append((method, domain, part, "accuracy", None, 0, seed))
+            continue
         value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), class_weight)
         rows.append((method, domain, part, "accuracy", value, len(items), seed))
         by_domain[domain, part] = value
-    ood = statistics.mean(by_domain[d, "test"] for d in dataset.targets(source))
+    ood = [value for (domain, _), value in by_domain.items() if domain != source]
     n = sum(count for _, domain, _, _, _, count, _ in rows if domain != source)
+    ood = statistics.mean(ood) if ood else None
+    extended = None if ood is None else (by_domain[source, "test"] + ood) / 2
     rows.append((method, "OOD mean", "test", "accuracy", ood, n, seed))
-    rows.append((method, "extended", "test", "accuracy", (by_domain[source, "test"] + ood) / 2, n, seed))
+    rows.append((method, "extended", "test", "accuracy", extended, n, seed))
     return rows
 
 
-def unseen_accuracies(dataset, seed, features_of, class_weight, method):
-    """Rows of zero-shot accuracy on a data set of kept-apart classes: in each domain, and their mean."""
-    rows = []
+def unseen_accuracies(dataset, seed, features_of, head_of, method):
+    """Rows of zero-shot accuracy on a data set of kept-apart classes: in each domain, and their mean; see `accuracies`."""
+    rows = [(method, f"unseen {domain}", "test", "accuracy", None, 0, seed) for domain in dataset.absent]
     for domain, items in dataset.images.items():
-        value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), class_weight)
+        value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), head_of(domain))
         rows.append((method, f"unseen {domain}", "test", "accuracy", value, len(items), seed))
-    mean, n = statistics.mean(row[4] for row in rows), sum(row[5] for row in rows)
-    return [*rows, (method, "unseen mean", "test", "accuracy", mean, n, seed)]
+    there = [row[4] for row in rows if row[4] is not None]
+    mean = statistics.mean(there) if there else None
+    return [*rows, (method, "unseen mean", "test", "accuracy", mean, sum(row[5] for row in rows), seed)]
+
+
+def restricted(class_weight, names, own_names):
+    """The rows of a head (C, d) of classes `names` that classify among `own_names`, or None where one of these is not there.
+
+    ImageNet-A and -R have 200 of ImageNet's 1000 classes: so one chooses among these alone.
+    """
+    row = {name: i for i, name in enumerate(names)}
+    return class_weight[[row[name] for name in own_names]] if all(name in row for name in own_names) else None
 
 
 def interpolate(original, tuned, alpha):
     """θ = (1 − α) θ_original + α θ_tuned, entry by entry of two state dicts. Source: WiSE-FT (arXiv 2109.01903)."""
-    mix = {k: (1 - alpha) * original[k] + alpha * v if v.is_floating_point() else v for k, v in tuned.items()}
-    return tuned if alpha == 1 else mix
+    if alpha == 1:
+        return tuned
+    return {k: (1 - alpha) * original[k] + alpha * v if v.is_floating_point() else v for k, v in tuned.items() if k in original}
 
 
 def encoder(clip):
@@ -100,54 +167,83 @@ def encoder(clip):
 def evaluate_run(args, dataset, run, clip, cached):
     """Append the accuracies of zero-shot CLIP and of every checkpoint that --train, --init and --methods name.
 
-    cached(domain, items) gives the original model's features of a list of (path, label). Each checkpoint is measured as it
-    is, and mixed with the original weights at each of --alphas; unseen classes where a tower was trained.
+    cached(domain, items) gives the original model's features of a list of (where, label). Each checkpoint is measured as it
+    is, and mixed with the original weights at each of --alphas; unseen classes where a tower was trained. A checkpoint that
+    has been measured on the same images is not measured again.
     """
-    head, towers = data.class_texts(dataset, args.source), args.train != "head"
+    towers, methods, schedule_of = args.train not in CACHED, chosen(args), schedules(dataset, args)
     cut_frozen(clip, dataset, args)
-    encode, text = encoder(clip), encode_texts(clip, head)
+    encode, text = encoder(clip), encode_head(clip, data.prompts(dataset, args.source))
     original = {"head.weight": text, **{f"clip.{k}": v.cpu().clone() for k, v in clip.model.state_dict().items()}}
     unseen = data.load_unseen(dataset) if towers else None
+    for domain, how_to in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
+        print(f"not run: {domain} ({how_to}, is not there)")
+    images = data.sha(repr([dataset.images, unseen and unseen.images]))
 
-    def measure(method, seed, class_weight):
+    def measure(method, seed, class_weight, retold):
+        """Rows of clip.model as it is. retold: whether the head is what the text tower says of the class prompts."""
+        told = {}  # domains of one wording share a head
+
+        def head_of(domain, of=dataset, given=class_weight):
+            if domain not in of.own and given is not None:
+                return given
+            if not retold and of is dataset:
+                return restricted(given, dataset.names, dataset.own[domain][0])
+            key = data.sha(repr(wording := data.prompts(of, args.source, domain)))
+            if key not in told:
+                told[key] = encode_head(clip, wording)
+            return told[key]
+
         def features_of(domain, items):
             return encode(dataset, domain, items) if towers else cached(domain, items)
 
-        rows = accuracies(dataset, args.source, seed, features_of, class_weight, method)
+        rows = accuracies(dataset, args.source, seed, features_of, head_of, method)
         if unseen:
             # CHOICE: named in the source's words, as all heads are, since a model in use does not know what domain it meets;
             # alternative: in each domain's own
-            texts = encode_texts(clip, data.class_texts(unseen, args.source))
-            rows += unseen_accuracies(unseen, seed, lambda domain, items: encode(unseen, domain, items), texts, method)
+            rows += unseen_accuracies(
+                unseen, seed, lambda domain, items: encode(unseen, domain, items),
+                lambda domain: head_of(domain, unseen, None), method,
+            )
         return rows
 
+    done = {(r["of"], r["seed"]) for r in map(json.loads, results_lines(run)) if "of" in r}
     for seed in tqdm(range(args.seeds), desc=f"evaluating ({args.train})", unit="seed"):
-        rows = measure("zero-shot", seed, text)  # written with the first method's, whose block it then is in
-        for method in args.methods:
+        rows = None
+        for method in methods:
             path = checkpoint_path(run, args.train, args.init, method, seed)
             if not path.exists():
                 fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
             state = torch.load(path, map_location="cpu")
             made_of = state["made_of"]
-            args.schedule, args.frozen_stages = made_of["schedule"], made_of["frozen stages"]
-            weights = {"λ_cap": made_of["anchors"]["lambda_cap"], "λ_ret": made_of["anchors"]["lambda_ret"]}
-            label = method + "".join(f" {name}={value:g}" for name, value in weights.items() if value != 1)
-            if made_of["model"] != clip.fingerprint or state["epoch"] < args.schedule["epochs"]:
+            of = data.sha(repr((made_of, args.train, args.init, method, args.alphas, images)))
+            if made_of["schedule"] != asdict(schedule_of["all" if methods[method].contrastive else args.train]):
+                fail(f"{path} was trained with another --epochs, --batch-size or --lr. Say the same here, or train it anew.")
+            if made_of["model"] != clip.fingerprint or state["epoch"] < made_of["schedule"]["epochs"]:
                 fail(f"{path} is unfinished, or of another model. Finish it with finetune.py, or name another --run.")
             if original.keys() < state["modules"].keys() or (towers and original.keys() != state["modules"].keys()):
                 fail(f"{path} was trained with another --frozen-stages. Say the same here, or name another --run.")
+            if (of, seed) in done:
+                continue
+            if rows is None:  # zero-shot, written with the first method's rows, whose block of the table it then is in
+                clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in original.items() if k.startswith("clip.")})
+                rows = measure("zero-shot", seed, text, retold=True)
+            args.schedule, args.frozen_stages = asdict(schedule_of[args.train]), made_of["frozen stages"]
+            args.contrastive = asdict(schedule_of["all"]) if any(m.contrastive for m in methods.values()) else args.schedule
+            weights = {"λ_cap": made_of["anchors"]["lambda_cap"], "λ_ret": made_of["anchors"]["lambda_ret"]}
+            label = method + "".join(f" {name}={value:g}" for name, value in weights.items() if value != 1)
             for alpha in (1, *args.alphas):
                 mix = interpolate(original, state["modules"], alpha)
                 if towers:
                     clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in mix.items() if k.startswith("clip.")})
-                retold = parse_method(method).contrastive or args.train == "all"  # the head is what the text tower says
-                class_weight = encode_texts(clip, head) if retold else mix["head.weight"]
-                found = measure(label if alpha == 1 else f"{label} α={alpha:g}", seed, class_weight)
+                retold = methods[method].contrastive or args.train == "all"
+                class_weight = encode_head(clip, data.prompts(dataset, args.source)) if retold else mix["head.weight"]
+                found = measure(label if alpha == 1 else f"{label} α={alpha:g}", seed, class_weight, retold)
                 means = (args.source, "OOD mean", "unseen mean")
                 rows += [r for r in found if alpha in (0.5, 1) or (r[1] in means and r[2] == "test")]  # the rest is a curve
-            data.append_results(run, args, rows)
+            data.append_results(run, args, rows, of=of)
             rows = []
-        clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in original.items() if k.startswith("clip.")})
+    clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in original.items() if k.startswith("clip.")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,16 +275,19 @@ def consistency(z_hat, labels, target, source):
 
 def figure4(args, dataset, run, clip, cached):
     """Append the measures above for each recipe, and draw the picture for seed 0."""
-    recipes = list(dict.fromkeys(r for m in args.methods if (r := parse_method(m).recipe)))
-    picture, model = {}, clip.fingerprint
+    recipes, picture, model = recipes_of(chosen(args)), {}, clip.fingerprint
+    targets = [domain for domain in dataset.styles(args.source) if domain in dataset.images and domain not in dataset.own]
+    if not recipes or not targets:
+        print("no figure 4: no method synthesises features of a domain that is here")
+        return
     for seed in range(args.seeds):
         real = {}
-        for domain in dataset.phrases:
+        for domain in (args.source, *targets):
             items = data.split(dataset, args.source, domain, "test", seed)
             real[domain] = cached(domain, items), torch.tensor([y for _, y in items]), [p for p, _ in items]
         z, labels, paths = real[args.source]
         rows = []
-        for domain in dataset.targets(args.source):
+        for domain in targets:
             for name in ["not mapped", *recipes]:
                 z_hat = z if name == "not mapped" else load_mapper(run, name, domain, seed, model)(z)
                 for metric, value in consistency(z_hat, labels, real[domain], real[args.source]).items():
@@ -207,7 +306,6 @@ def draw_figure4(dataset, path, sources, picture, columns=10):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from PIL import Image
 
     pick = torch.randperm(len(sources), generator=torch.Generator().manual_seed(0))[:columns].tolist()
     rows = [("source", [sources[i] for i in pick])]
@@ -215,8 +313,7 @@ def draw_figure4(dataset, path, sources, picture, columns=10):
     figure, axes = pyplot.subplots(len(rows), len(pick), figsize=(len(pick), 1.08 * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows):
         for column, (axis, (file, label)) in enumerate(zip(line, images)):
-            with Image.open(dataset.folder / file) as image:
-                axis.imshow(image.convert("RGB").resize((96, 96)))
+            axis.imshow(open_image(dataset.folder, file).resize((96, 96)))
             axis.set(xticks=[], yticks=[])
             lost = label != sources[pick[column]][1]
             for spine in axis.spines.values():
@@ -241,7 +338,7 @@ def curve(run):
     from matplotlib import pyplot
 
     points = {}  # method: {α: {domain: [value of each seed]}}
-    of_run = [r for r in read_results(run) if r["metric"] == "accuracy" and r["split"] == "test"]
+    of_run = [r for r in read_results(run) if r["metric"] == "accuracy" and r["split"] == "test" and r["value"] is not None]
     latest = max(of_run, key=lambda r: r["line"], default=None)
     of_run = [r for r in of_run if how(r) == how(latest)]  # of several ways of training, the one measured last
     for row in of_run:
@@ -253,6 +350,9 @@ def curve(run):
     if not any(len(at) > 1 for at in points.values()):
         fail(f"{run / 'results.jsonl'} has no weights in between. Measure some: python evaluate.py run … --alphas 0.2 0.5 0.8")
     others = [d for d in ("OOD mean", "unseen mean") if d in start]
+    if not others:
+        print("no curve: there is no other domain, nor a set of other classes, to measure on")
+        return
     figure, axes = pyplot.subplots(1, len(others), figsize=(5.2 * len(others), 4.4), squeeze=False)
     for axis, other in zip(axes[0], others):
         for method, at in points.items():
@@ -288,9 +388,9 @@ def caption_quality(dataset, source, captions, z, clip):
     def names(caption, what):
         return re.search(rf"\b{re.escape(what)}\b", caption, re.I) is not None
 
-    items, path = dataset.images[source], dataset.folder / "descriptions.jsonl"
+    items, path = dataset.trainable(source), dataset.folder / "descriptions.jsonl"
     things = {p: row["caption"].split(", ")[0] for p, row in data.read_captions(path).items()} if path.exists() else {}
-    of_class = [names(c, data.words(dataset.classes[y])) for (_, y), c in zip(items, captions)]
+    of_class = [names(c, dataset.names[y]) for (_, y), c in zip(items, captions)]
     of_either = [a or (p in things and names(c, things[p])) for a, (p, _), c in zip(of_class, items, captions)]
     score = (z * encode_texts(clip, captions)).sum(1).mean().item()
     return {
@@ -302,7 +402,11 @@ def caption_quality(dataset, source, captions, z, clip):
 
 def figure5(args, dataset, run, clip, cached):
     """Append how good the captions are, beside shuffled ones and people's own; draw captions and retrieved pairs."""
-    items = dataset.images[args.source]
+    methods = chosen(args).values() if args.methods else ()
+    if methods and not (any(m.captions for m in methods) and any(m.retrieved for m in methods)):
+        print("no figure 5: no method takes both captions and retrieved pairs")
+        return
+    items = dataset.trainable(args.source)
     z, captions = cached(args.source, items), data.captions(dataset, [path for path, _ in items])
     said = data.read_captions(dataset.captions)  # what the captioner said, also where it is not used
     said = [said[path].get("instead of", caption) for (path, _), caption in zip(items, captions)]
@@ -361,14 +465,19 @@ def draw_figure5(dataset, path, columns):
 
 def read_results(run):
     """The rows of run/results.jsonl and their lines; of rows about the same thing (a stage was run again) only the last."""
-    path = Path(run) / "results.jsonl"
-    if not path.exists():
-        fail(f"{path} is not there. Run something first: bash run_ldfs.sh --help")
     last = {}
-    for number, line in enumerate(path.read_text().splitlines()):
+    lines = results_lines(run)
+    if not lines:
+        fail(f"{Path(run) / 'results.jsonl'} is not there. Run something first: bash run_ldfs.sh pacs photo")
+    for number, line in enumerate(lines):
         row = json.loads(line)
         last[(how(row), *(row[k] for k in ("method", "domain", "split", "metric", "seed")))] = {**row, "line": number}
     return list(last.values())
+
+
+def results_lines(run):
+    path = Path(run) / "results.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def how(row):
@@ -377,7 +486,9 @@ def how(row):
     words = [f"{row['dataset']}, source {row['source']}, {args['model']}"]
     if row["metric"] == "accuracy":
         words += [f"--train {args['train']} --init {args['init']}"]
-        words += [f"{args['schedule']['epochs']} epochs of batch {args['schedule']['batch_size']}, lr {args['schedule']['lr']}"]
+        told = [args["schedule"], args.get("contrastive", args["schedule"])]
+        told = [f"{s['epochs']} epochs of batch {s['batch_size']}, lr {s['lr']}" for s in told]
+        words += [told[0], *([f"flyp and arf {told[1]}"] if told[1] != told[0] else [])]
         words += [f"{n} stages frozen"] if (n := args.get("frozen_stages")) else []
     return ", ".join(words)
 
@@ -398,8 +509,9 @@ def table(rows, metrics=METRICS):
             source, seeds = block[0]["source"], len({r["seed"] for r in block})
             of = {}  # (method, domain): {seed: value}
             for r in block:
-                of.setdefault((r["method"], r["domain"]), {})[r["seed"]] = r["value"]
-            methods, domains = (list(dict.fromkeys(names)) for names in zip(*of))
+                if r["value"] is not None:
+                    of.setdefault((r["method"], r["domain"]), {})[r["seed"]] = r["value"]
+            methods, domains = (list(dict.fromkeys(r[k] for r in block)) for k in ("method", "domain"))
             compared = {}  # heading: (domain, method)
             if "flyp" in methods:
                 with_flyp = [d for d in (source, "OOD mean", "unseen mean") if d in domains]
@@ -407,7 +519,8 @@ def table(rows, metrics=METRICS):
             elif metric == "accuracy":
                 compared = {f"less {m}": ("OOD mean", m) for m in ("finetune", "lads") if m in methods}
             raw = [d for d in ("OOD mean", "unseen mean") if d in domains]
-            domains = [d for d in domains if not d.startswith("unseen ") or d == "unseen mean"]
+            if "zero_shot" not in data.DATASETS.get(block[0]["dataset"], {}):  # ten sets of renown; else styles of one set
+                domains = [d for d in domains if not d.startswith("unseen ") or d == "unseen mean"]
             heads = ["method"] + [f"ID ({d})" if d == source else d for d in domains] + [*compared]
             heads += [f"{d}, seed by seed" for d in raw]
             lines += [f"{title}: {metric} in per cent, {seeds} seed{'s'[:seeds - 1]}", ""]
@@ -423,6 +536,10 @@ def table(rows, metrics=METRICS):
                     cells += [" ".join(f"{value:.1f}" for _, value in sorted(of.get((method, domain), {}).items()))]
                 lines += ["| " + " | ".join(cells) + " |"]
             lines += [""]
+    for name in dict.fromkeys(row["dataset"] for row in rows):
+        for title, head, *published in PUBLISHED.get(name, ()):
+            lines += [f"{title}:", "", f"| {head} |", "|---" * len(head.split("|")) + "|"]
+            lines += [*(f"| {row} |" for row in published), ""]
     return "\n".join(lines)
 
 
@@ -442,17 +559,18 @@ def main():
         fail(f"say what to do: python evaluate.py {'|'.join(stages)} DATASET SOURCE, or python evaluate.py table runs/…")
     parser = data.arguments(__doc__)
     parser.prog = f"evaluate.py {sys.argv[1]}"
-    add_what(parser)
-    parser.add_argument("--alphas", nargs="*", type=float, default=[], help="also mix in the original weights: 0.1 0.2 …")
     args = parser.parse_args(sys.argv[2:])
     args.init = args.init or INITS[args.train]
     dataset, run = data.prepare(args)
     clip = load_clip(args, dataset)
     args.model = clip.name
-    cache = {domain: cached_features(clip, dataset, domain, run) for domain in dataset.phrases}
+
+    @functools.cache
+    def cache(domain):
+        return cached_features(clip, dataset, domain, run)
 
     def cached(domain, items):
-        row, z = cache[domain]
+        row, z = cache(domain)
         return z[[row[p] for p, _ in items]]
 
     for name in wanted:

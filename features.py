@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import digest, fail, sha, write_atomically
@@ -26,6 +26,7 @@ class Clip:
     tokenizer: object
     device: torch.device
     name: str
+    base: tuple = ()  # (model name, tag of its weights) in open_clip's terms, also where `name` is a checkpoint
     fingerprint: str = ""  # a hash of all that makes its features; see load_clip
     front: torch.nn.Module | None = None  # the frozen stages that freeze_stages cut off, if any
 
@@ -52,39 +53,51 @@ def autocast(device):
 def load_clip(args, dataset):
     """The Clip that --model and --pretrained name, in eval mode, on the GPU if there is one.
 
-    Exits with status 2 when the name, the tag or the folder does not exist or the weights cannot be had.
+    A name of open_clip's with a tag of weights, hf-hub:…, local-dir:PATH, or a checkpoint that finetune.py wrote.
+    Exits with status 2 when the name, the tag or the file does not exist, the weights cannot be had, or OpenAI's would run
+    with another activation than theirs.
     """
     import open_clip  # here, for it takes seconds, and what needs no CLIP need not wait
 
-    name = args.model or dataset.about.get("model") or DEFAULT_MODEL
-    pretrained = None
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
+    name, pretrained = args.model or dataset.about.get("model") or DEFAULT_MODEL, args.pretrained
+    base, tuned = name, None
+    if name.endswith(".pt"):
+        base, pretrained, tuned = read_checkpoint(name)
+    if base.startswith("local-dir:"):
+        folder = Path(base.removeprefix("local-dir:"))
         absent = [f for f in ("open_clip_config.json", "open_clip_model.safetensors") if not (folder / f).is_file()]
         if absent:
-            fail(f"--model {name}: {folder / absent[0]} does not exist. A local-dir: model is a folder in open_clip's format.")
-    elif not name.startswith("hf-hub:"):
-        if name not in open_clip.list_models():
-            alike = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0)
-            fail(f"--model {name}: open_clip knows no such model. Nearest names: {', '.join(alike)}.")
-        pretrained = args.pretrained
-        tags = open_clip.list_pretrained_tags_by_model(name)
+            fail(f"--model {base}: {folder / absent[0]} does not exist. A local-dir: model is a folder in open_clip's format.")
+    elif not base.startswith("hf-hub:"):
+        if base not in open_clip.list_models():
+            alike = difflib.get_close_matches(base, open_clip.list_models(), cutoff=0)
+            fail(f"--model {base}: open_clip knows no such model. Nearest names: {', '.join(alike)}.")
+        tags = open_clip.list_pretrained_tags_by_model(base)
         if pretrained not in tags and not Path(pretrained).is_file():
-            fail(f"--pretrained {pretrained}: no such weights of {name}. There are: {', '.join(tags) or 'none'}.")
+            fail(f"--pretrained {pretrained}: no such weights of {base}. There are: {', '.join(tags) or 'none'}.")
+    if base.startswith(("local-dir:", "hf-hub:")):
+        pretrained = None  # they bring their own
     device = the_device()
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained, device=device, aug_cfg={"scale": (0.9, 1.0)}  # FLYP's mild random crop, no flip
+            base, pretrained, device=device, aug_cfg={"scale": (0.9, 1.0)}  # FLYP's mild random crop, no flip
         )
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = open_clip.get_tokenizer(base)
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if name.startswith("local-dir:"):
-            fail(f"could not load {name} ({reason}). Check its open_clip_config.json and weights, or copy it again.")
+        if base.startswith("local-dir:"):
+            fail(f"could not load {base} ({reason}). Check its open_clip_config.json and weights, or copy it again.")
         fail(
-            f"could not load {name} ({reason}). It comes from the Hugging Face hub and is cached after the first time: "
-            "run once with a network, or name a folder with --model local-dir:PATH."
+            f"could not load {base} ({reason}). It comes from the Hugging Face hub{whence(base, pretrained)} and is cached "
+            "after the first time: run once with a network, or name a folder with --model local-dir:PATH."
         )
+    if pretrained and "openai" in Path(pretrained).name.lower() and not quick_gelu(model):
+        fail(f"--model {base}: OpenAI's weights were trained with QuickGELU, and are wrong without. Say {base}-quickgelu.")
+    if tuned:
+        state = {k.removeprefix("clip."): v for k, v in tuned.items() if k.startswith("clip.")}
+        odd = model.load_state_dict(state, strict=False).unexpected_keys  # what was frozen is not in it
+        if odd or not state:
+            fail(f"--model {name}: {f'{odd[0]} is not of {base}' if odd else 'holds a head alone, no tower'}. Name another.")
     if device.type == "cuda":
         reason = "autocast; weights float32" if precision(device) == torch.bfloat16 else "it has no bfloat16"
         print(f"device: {torch.cuda.get_device_name()}, {str(precision(device)).removeprefix('torch.')} ({reason})")
@@ -94,9 +107,35 @@ def load_clip(args, dataset):
     # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a
     # few hundred images of one domain would overwrite its statistics; alternative: train mode.
     model.to(memory_format=torch.channels_last)  # depthwise convolutions are twice as fast so on a CPU
-    clip = Clip(model.eval().requires_grad_(False), preprocess, augment, tokenizer, device, name)
+    clip = Clip(model.eval().requires_grad_(False), preprocess, augment, tokenizer, device, name, (base, pretrained))
     clip.fingerprint = fingerprint(clip)
     return clip
+
+
+def read_checkpoint(path):
+    """(model name, tag of its weights, state dict) of a checkpoint of finetune.py; exits with status 2 at any other file."""
+    try:
+        state = torch.load(path, map_location="cpu")
+        return *state["base"], state["modules"]
+    except FileNotFoundError:
+        fail(f"--model {path}: no such file. Checkpoints lie in runs/…/checkpoints/.")
+    except Exception:  # torch.load raises what it likes at a file that is not its own
+        fail(f"--model {path}: not a checkpoint of finetune.py. Name another file, or a model of open_clip.")
+
+
+def quick_gelu(model):
+    """Whether a model's towers compute with QuickGELU, OpenAI's approximation x · sigmoid(1.702 x)."""
+    from open_clip.transformer import QuickGELU
+
+    return any(isinstance(module, QuickGELU) for module in model.modules())
+
+
+def whence(name, pretrained):
+    """", timm/vit_base_patch16_clip_224.openai," or the like: the repository that open_clip gets a model from; or ""."""
+    from open_clip import get_pretrained_cfg
+
+    repository = get_pretrained_cfg(name, pretrained).get("hf_hub", "").rstrip("/") if pretrained else name.split(":")[-1]
+    return repository and f", {repository},"
 
 
 def ranks():
@@ -145,15 +184,19 @@ BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # wha
 
 
 def open_image(folder, where):
-    """RGB image of `where`: a path relative to `folder`, or (path of a tar, offset, size) of a member of an archive."""
+    """RGB image of `where`: a path relative to `folder`, or (path of a tar, offset, size) of a member of an archive.
+
+    (path of a tar, offset, size, border): without that many pixels at each side.
+    """
     file = folder / where if isinstance(where, str) else io.BytesIO(read_member(where))
     with Image.open(file) as image:
-        return image.convert("RGB")
+        image = image.convert("RGB")
+    return ImageOps.crop(image, where[3]) if len(where) == 4 and not isinstance(where, str) else image
 
 
 def read_member(where):
-    """The bytes of one member of an archive, `where` = (path of a tar, offset, size)."""
-    tar, offset, size = where
+    """The bytes of one member of an archive, `where` = (path of a tar, offset, size, …)."""
+    tar, offset, size = where[:3]
     with open(tar, "rb") as archive:
         archive.seek(offset)
         return archive.read(size)
@@ -253,6 +296,15 @@ def encode_texts(clip, texts, batch_size=1024):
     return torch.cat(features)[[row[t] for t in texts]]
 
 
+def encode_head(clip, templates):
+    """T: (C, d), a zero-shot classifier: the mean over T templates of unit-norm text features, made unit norm again.
+
+    templates: T lists of C strings, data.prompts. Source: CLIP (arXiv 2103.00020), 3.1.4.
+    """
+    t = encode_texts(clip, [text for texts in templates for text in texts]).view(len(templates), len(templates[0]), -1)
+    return torch.nn.functional.normalize(t.mean(0), dim=-1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cache
 
@@ -265,18 +317,20 @@ def fingerprint(clip):
 
 
 def cached_features(clip, dataset, domain, run):
-    """{path: row}, z (N, d): features of all images of one domain, kept beside the folder `run` for all runs.
+    """{where: row}, z (N, d): features of all images of one domain, kept beside the folder `run` for all runs.
 
-    The key: the model's fingerprint, and the path, size and time of change of every image.
+    The key: the model's fingerprint, and the path, size and time of change of every image, or of the archive it is in.
     """
-    items = dataset.images[domain]
-    stats = [(path, (s := (dataset.folder / path).stat()).st_size, s.st_mtime_ns) for path, _ in items]
-    made_of = (clip.fingerprint, str(dataset.folder.resolve()), stats)
-    key = sha(repr(made_of))
+    items, stats = dataset.images[domain], {}
+    for where, _ in items:
+        file = str(dataset.folder / where) if isinstance(where, str) else where[0]
+        if file not in stats:
+            stats[file] = (s := os.stat(file)).st_size, s.st_mtime_ns
+    key = sha(repr((clip.fingerprint, str(dataset.folder.resolve()), [where for where, _ in items], [*stats.values()])))
     path = run.parent / ".features" / f"{dataset.name}-{domain}-{key}.pt"
     if path.exists():
         z = torch.load(path)
     else:
         z = encode_images(clip, dataset.folder, items, label=f"{dataset.name} {domain}")
         write_atomically(path, lambda part: torch.save(z, part))
-    return {p: row for row, (p, _) in enumerate(items)}, z
+    return {where: row for row, (where, _) in enumerate(items)}, z

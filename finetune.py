@@ -20,9 +20,10 @@ from tqdm import tqdm
 import data
 from anchors import load_retrieved
 from data import fail
-from features import autocast, cached_features, encode_texts, freeze_stages, front_features, image_batches, load_clip, ranks
+from features import autocast, cached_features, encode_head, freeze_stages, front_features, image_batches, load_clip, ranks
 from losses import class_consistency, clip_contrastive
-from mapper import load_mapper, parse_recipe
+from mapper import load_mapper
+from methods import chosen
 
 
 @dataclass(frozen=True)
@@ -32,50 +33,58 @@ class Schedule:
     epochs: int
     batch_size: int
     lr: float
-    weight_decay: float = 0.1  # on all parameters, as in FLYP's public code
-    warmup: float = 0.1        # share of all steps
+    weight_decay: float = 0.1     # on all parameters, as in FLYP's public code
+    warmup: float = 0.1           # share of all steps
+    max_norm: float | None = None  # longest gradient; None: whatever it is
 
 
-# CHOICE: LDFS's schedules could not be had. head: 200 epochs, as LADS. visual, all: the 10 epochs and lr 1e-5 that FLYP
-# uses with OpenAI's ViT-B/16, at a smaller batch; alternative: --epochs, --batch-size, --lr, chosen on the "val" part.
+# CHOICE: LDFS's schedules could not be had. head: 200 epochs, as LADS. prompt: the 50 epochs of 32 and lr 2e-3 of CoOp's public
+# code, with AdamW. visual, all: the 10 epochs and lr 1e-5 that FLYP uses with OpenAI's ViT-B/16, at a smaller batch;
+# alternative: a data set's own `schedules`; --epochs, --batch-size, --lr, chosen on the "val" part.
 SCHEDULES = {
     "head": Schedule(epochs=200, batch_size=256, lr=1e-3),
+    "prompt": Schedule(epochs=50, batch_size=32, lr=2e-3, weight_decay=0.0),
     "visual": Schedule(epochs=10, batch_size=64, lr=1e-5),
     "all": Schedule(epochs=10, batch_size=64, lr=1e-5),
 }
 
 
 # CHOICE: a linear probe starts at random, as probes do; a whole tower with the text's head, as in WiSE-FT's baseline, for
-# the gradients of a random head would spoil it; alternative: --init.
-INITS = {"head": "scratch", "visual": "text", "all": "text"}
+# the gradients of a random head would spoil it; CoOp's prompt has no head of its own; alternative: --init.
+INITS = {"head": "scratch", "prompt": "scratch", "visual": "text", "all": "text"}
+CACHED = ("head", "prompt")  # what is trained on the features of a frozen image tower
 
 
-@dataclass(frozen=True)
-class Method:
-    """Which losses: cross-entropy or, if `contrastive`, CLIP's own on class prompts (FLYP), and what is added to them."""
+class Context(nn.Module):
+    """CoOp's learned prompt "V₁ … V_M dog.": its M vectors, the same for all classes. Source: CoOp (arXiv 2109.01134), eq. 2.
 
-    contrastive: bool = False
-    captions: bool = False    # ARF's text-compensated anchors
-    retrieved: bool = False   # ARF's image-text anchors
-    recipe: str | None = None  # of mapper.py: LADS's or LDFS's synthesised features
-
-
-def parse_method(text):
-    """Method of "finetune", "lads", "ldfs:sigma=0", "flyp", "flyp+captions", "flyp+retrieved", "arf" (both), "arf+ldfs".
-
-    Exits with status 2 at any other.
+    CHOICE: M = 16, as CoOp's default, or what a short text tower leaves beside eight tokens; alternative: class-wise vectors.
     """
-    first, *more = text.split("+")
-    if first == "arf":
-        first, more = "flyp", ["captions", "retrieved", *more]
-    if first not in ("finetune", "flyp"):
-        more = [first, *more]
-    recipes = [part for part in more if part not in ("captions", "retrieved")]
-    if len(recipes) > 1 or (first != "flyp" and len(recipes) < len(more)):
-        fail(f"--methods {text}: anchors go with flyp, and one recipe at most with anything: flyp+captions, arf+ldfs.")
-    for recipe in recipes:
-        parse_recipe(recipe)
-    return Method(first == "flyp", "captions" in more, "retrieved" in more, *recipes)
+
+    def __init__(self, clip, names, generator):
+        super().__init__()
+        text = getattr(clip.model, "text", clip.model)
+        if not hasattr(text, "token_embedding"):
+            fail(f"{clip.name}: its text tower is not open_clip's own, which --train prompt needs. Name another model.")
+        length = min(16, text.context_length - 8)
+        start = 0.02 * torch.randn(length, text.token_embedding.embedding_dim, generator=generator)
+        self.vectors = nn.Parameter(start.to(clip.device))
+        self.tokens = clip.tokenizer([f"{'X ' * length}{name}." for name in names]).to(clip.device)  # the X give way to V
+        self.clip, self.parts = clip, (text.token_embedding,)  # in a tuple: it is not this module's to train
+
+    def forward(self):
+        """T: (C, d) text features of the classes, unit norm."""
+
+        def put(module, tokens, embedded):  # (C, L, width): start of text, V₁ … V_M, class, end of text
+            vectors = self.vectors.expand(len(embedded), -1, -1).to(embedded.dtype)
+            return torch.cat([embedded[:, :1], vectors, embedded[:, 1 + vectors.shape[1]:]], dim=1)
+
+        hook = self.parts[0].register_forward_hook(put)
+        try:
+            with autocast(self.clip.device):
+                return self.clip.model.encode_text(self.tokens, normalize=True).float()
+        finally:
+            hook.remove()
 
 
 @dataclass(frozen=True)
@@ -182,29 +191,31 @@ def views(clip, folder, items, batches, key, kept):
 def finetune(clip, dataset, source, seed, train, method, mappers, anchors, schedule, init, run, checkpoint, made_of, kept):
     """Finetune `clip` in place; writes `checkpoint`, and goes on from it if it was `made_of` the same.
 
-    train: "head" (linear head on cached features), "visual" (image tower and head) or "all" (both towers and the logit
-    scale; the head is what the text tower makes of the class prompts). init: "text" or "scratch", the head's start.
+    train: "head" (linear head on cached features), "prompt" (CoOp's prompt, likewise), "visual" (image tower and head) or
+    "all" (both towers and the logit scale; the head is what the text tower makes of the class prompts).
+    init: "text" or "scratch", the head's start.
     kept: a dict for what `views` keeps; runs of one seed may share it.
     Raises FloatingPointError at a loss that is not finite, naming the step.
     """
     items = data.split(dataset, source, source, "train", seed)
     labels_all = torch.tensor([y for _, y in items], device=clip.device)
-    class_texts = data.class_texts(dataset, source)
+    templates = data.prompts(dataset, source)
     clip.model.requires_grad_(False)
-    class_text = encode_texts(clip, class_texts).to(clip.device)
+    class_text = encode_head(clip, templates).to(clip.device)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(class_text.shape, generator=generator) / class_text.shape[1] ** 0.5  # rows of about unit norm
     head = nn.Linear(*reversed(class_text.shape), bias=False, device=clip.device)
     head.weight.data.copy_(class_text if init == "text" else random)
     model, scale = clip.model, torch.tensor(clip.logit_scale, device=clip.device)
-    trained = {"head": [head], "visual": [head, model.visual], "all": [model]}[train]
+    context = Context(clip, dataset.names, generator) if train == "prompt" else None
+    trained = {"head": [head], "prompt": [context], "visual": [head, model.visual], "all": [model]}[train]
     parameters = [p.requires_grad_() for module in trained for p in module.parameters()]
-    if train == "head":
+    if train in CACHED:
         row, z_all = cached_features(clip, dataset, source, run)
         z_all = z_all[[row[p] for p, _ in items]].to(clip.device)
         features_all = torch.stack(with_synthesised(z_all, mappers), dim=1)  # (N, 1 + K, d), made once: nothing moves
-    class_tokens = clip.tokenizer(class_texts).to(clip.device)
-    prompt_tokens = torch.stack([clip.tokenizer(texts) for texts in data.prompts(dataset, source)]).to(clip.device)  # (T, C, L)
+    class_tokens = clip.tokenizer(data.class_texts(dataset, source)).to(clip.device)
+    prompt_tokens = torch.stack([clip.tokenizer(texts) for texts in templates]).to(clip.device)  # (T, C, L)
 
     def encode_image(x):
         with autocast(clip.device):
@@ -217,7 +228,8 @@ def finetune(clip, dataset, source, seed, train, method, mappers, anchors, sched
         return t.float()
 
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
-    modules = nn.ModuleDict({"head": head} if train == "head" else {"head": head, "clip": model})
+    more = {"head": {}, "prompt": {"context": context}}.get(train, {"clip": model})
+    modules = nn.ModuleDict({"head": head, **more})
     steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
     steps, first = schedule.epochs * steps_per_epoch, 0
     if checkpoint.exists() and (state := torch.load(checkpoint, map_location=clip.device))["made_of"] == made_of:
@@ -237,7 +249,7 @@ def finetune(clip, dataset, source, seed, train, method, mappers, anchors, sched
         order = torch.randperm(len(items), generator=generator).split(schedule.batch_size)
         template = torch.randint(len(prompt_tokens), (len(items),), generator=generator).to(clip.device)
         order = shares([batch.tolist() for batch in order])
-        if train == "head":
+        if train in CACHED:
             batches = ((features_all[i].unbind(1), torch.tensor(i)) for i in order)
         else:
             batches = views(clip, dataset.folder, items, order, (seed, epoch, "images"), kept)
@@ -250,7 +262,7 @@ def finetune(clip, dataset, source, seed, train, method, mappers, anchors, sched
                 group["lr"] = lr_at(step, steps, schedule)
             # CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so that ẑ stays a
             # synthesis of this z; alternative: ẑ of the original z, which the tower then leaves behind.
-            features = x if train == "head" else with_synthesised(encode_image(x), mappers)
+            features = x if train in CACHED else with_synthesised(encode_image(x), mappers)
             labels, weight = labels_all[rows], head.weight
             if train == "all":
                 scale = model.logit_scale.exp()
@@ -267,21 +279,27 @@ def finetune(clip, dataset, source, seed, train, method, mappers, anchors, sched
             else:
                 if train == "all":
                     weight = encode_text(class_tokens)
+                if train == "prompt":
+                    weight = context()
                 loss = step_loss(features, labels, weight, scale)
             if not loss.isfinite():
                 raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss.item()} at step {step}")
             optimizer.zero_grad()
             loss.backward()
             average_gradients(parameters)
+            if schedule.max_norm:
+                nn.utils.clip_grad_norm_(parameters, schedule.max_norm)
             optimizer.step()
             if train == "all":
                 model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
         bar.set_postfix(loss=f"{loss.item():.3f}")
         done = epoch + 1 == schedule.epochs
         if done and train == "all":
-            head.weight.data = encode_texts(clip, class_texts).to(clip.device)
+            head.weight.data = encode_head(clip, templates).to(clip.device)
+        if done and train == "prompt":
+            head.weight.data = context().detach()
         if ranks()[0] == 0 and (done or train != "head"):  # a head is done in seconds: only its end is worth a file
-            state = {"modules": modules.state_dict(), "epoch": epoch + 1, "made_of": made_of}
+            state = {"modules": modules.state_dict(), "epoch": epoch + 1, "made_of": made_of, "base": clip.base}
             if not done:
                 state["optimizer"] = optimizer.state_dict()
             data.write_atomically(checkpoint, lambda part: torch.save(state, part))
@@ -291,50 +309,32 @@ def checkpoint_path(run, train, init, method, seed):
     return run / "checkpoints" / f"{train}-{init}-{method}-seed{seed}.pt"
 
 
-def add_what(parser):
-    """The arguments that name checkpoints, for finetune.py and evaluate.py."""
-    add = parser.add_argument
-    add("--train", choices=SCHEDULES, default="head",
-        help="linear head, image tower and head, or both towers; flyp and arf train both in any case but head")
-    add("--init", choices=["text", "scratch"], help="the head starts as the class prompts, or random (default: see INITS)")
-    frozen = "first stages of the image tower, which stay as they are (default: the data set's, else 0)"
-    add("--frozen-stages", type=int, metavar="N", help=frozen)
-    add("--methods", nargs="+", default=["finetune", "lads", "ldfs"], help="finetune lads ldfs flyp arf …; see parse_method")
+def schedules(dataset, args):
+    """{train: Schedule}: SCHEDULES with what the data set, and then --epochs, --batch-size and --lr say otherwise."""
+    flags = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
+    own = dataset.about.get("schedules", {})
+    try:
+        return {train: replace(SCHEDULES[train], **{**own.get(train, {}), **flags}) for train in SCHEDULES}
+    except TypeError:
+        fail(f"{dataset.folder / 'dataset.json'}: a schedule has only {', '.join(f.name for f in fields(Schedule))}.")
 
 
 def cut_frozen(clip, dataset, args):
     """Cut off as many stages of the image tower as --frozen-stages or the data set says; their number."""
     stages = dataset.about.get("frozen_stages", 0) if args.frozen_stages is None else args.frozen_stages
-    stages = 0 if args.train == "head" else stages
+    stages = 0 if args.train in CACHED else stages
     freeze_stages(clip, stages)
     return stages
 
 
 def main():
-    parser = data.arguments(__doc__)
-    add_what(parser)
-    add = parser.add_argument
-    add("--epochs", type=data.positive(int), help="passes over the training images (default: see SCHEDULES)")
-    add("--batch-size", type=data.positive(int), help="images a step (default: see SCHEDULES)")
-    add("--lr", type=data.positive(float), help="peak learning rate (default: see SCHEDULES)")
-    add("--lambda-cap", type=data.positive(float), default=1.0, help="weight of ARF's caption loss (default: 1)")
-    add("--lambda-ret", type=data.positive(float), default=1.0, help="weight of ARF's loss on retrieved pairs (default: 1)")
-    args = parser.parse_args()
-    methods = {name: parse_method(name) for name in args.methods}
-    if args.train == "head" and any(m.contrastive for m in methods.values()):
-        fail("flyp and arf train the towers. Say --train visual, or --train all.")
+    args = data.arguments(__doc__).parse_args()
+    methods = chosen(args)
     dataset, run = data.prepare(args)
-    init = args.init or INITS[args.train]
-    flags = {k: v for k in ("epochs", "batch_size", "lr") if (v := getattr(args, k)) is not None}
-    schedules = {}
-    for train in SCHEDULES:
-        try:
-            schedules[train] = replace(SCHEDULES[train], **{**dataset.about.get("schedules", {}).get(train, {}), **flags})
-        except TypeError:
-            fail(f"{dataset.folder / 'dataset.json'}: a schedule has only {', '.join(f.name for f in fields(Schedule))}.")
+    init, schedule_of = args.init or INITS[args.train], schedules(dataset, args)
     rank, world = ranks()
-    if schedules[args.train].batch_size < world:
-        fail(f"--batch-size {schedules[args.train].batch_size} is less than the {world} processes. Say a larger one.")
+    if schedule_of[args.train].batch_size < world:
+        fail(f"--batch-size {schedule_of[args.train].batch_size} is less than the {world} processes. Say a larger one.")
     clip = load_clip(args, dataset)
     cut = cut_frozen(clip, dataset, args)
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
@@ -345,7 +345,7 @@ def main():
         bar.set_postfix_str(f"{name}, seed {seed}")
         method, items = methods[name], data.split(dataset, args.source, args.source, "train", seed)
         train = "all" if method.contrastive else args.train
-        targets = dataset.targets(args.source) if method.recipe else []
+        targets = dataset.styles(args.source) if method.recipe else []
         mappers = [load_mapper(run, method.recipe, domain, seed, clip.fingerprint, clip.device) for domain in targets]
         anchors = Anchors(
             data.captions(dataset, [path for path, _ in items]) if method.captions else (),
@@ -354,11 +354,11 @@ def main():
         )
         texts = repr(([*anchors.captions], [(*where[1:], text) for where, text in anchors.retrieved]))  # wherever they lie
         made_of = {
-            "schedule": asdict(schedules[train]),
+            "schedule": asdict(schedule_of[train]),
             "frozen stages": cut,
             "model": clip.fingerprint,
-            "images": items,
-            "prompts": [data.class_texts(dataset, args.source), *data.prompts(dataset, args.source)],
+            "images": data.sha(repr(items)),
+            "prompts": data.sha(repr([data.class_texts(dataset, args.source), *data.prompts(dataset, args.source)])),
             "mappers": data.digest(p for m in mappers for p in m.parameters()),
             "anchors": {"lambda_cap": anchors.lambda_cap, "lambda_ret": anchors.lambda_ret, "texts": data.sha(texts)},
         }
@@ -369,7 +369,7 @@ def main():
         try:
             finetune(
                 clip, dataset, args.source, seed, train, method, mappers, anchors,
-                schedules[train], init, run, path, made_of, kept,
+                schedule_of[train], init, run, path, made_of, kept,
             )
         except FloatingPointError as error:
             fail(f"{error}. Try a lower --lr; what is finished is kept.")

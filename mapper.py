@@ -1,11 +1,11 @@
 """Step 1 of LDFS: mapper networks that turn features of source images into features of a domain known only by words.
 
-    python mapper.py pacs photo --recipes lads ldfs ldfs:sigma=0
+    python mapper.py pacs photo --methods lads ldfs ldfs:sigma=0      # methods.py says what steers each
 
 No image of a target domain is read here. Each mapper is written to runs/…/mappers/ and left alone once it is there.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 
 import torch
 import torch.nn as nn
@@ -14,47 +14,9 @@ from tqdm import tqdm
 
 import data
 from data import fail
-from features import cached_features, encode_texts, load_clip
+from features import cached_features, encode_head, encode_texts, load_clip
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What steers a mapper. LDFS minus its three parts (caption-wise direction, noise, pairwise term) is LADS.
-
-    CHOICE: sigma, small enough to leave the direction (at d = 512, |Δt| = 0.7 a cosine of 0.91); alternative: the sweep that
-    run_ldfs.sh --ablate makes.
-    CHOICE: pair, λ_pair: both terms are of order one; alternative: more, for features that stay closer to CLIP's.
-    CHOICE: cls, λ_cls, kept from LADS so that LDFS is LADS and three parts; alternative: 0, as LDFS's figure 2 shows it.
-    CHOICE: class_text of the source domain, the head that step 2 starts from; alternative: of the target's.
-    """
-
-    direction: str = "caption"  # whose text: each image's own caption, or "class", its class: LADS's global Δt
-    sigma: float = 0.01         # σ of the stochastic text features
-    pair: float = 1.0           # λ_pair
-    form: str = "angle"         # L_pair on angles, as the paper says; "cosine" for the difference of cosines
-    cls: float = 1.0            # λ_cls
-
-
-RECIPES = {"ldfs": Recipe(), "lads": Recipe(direction="class", sigma=0.0, pair=0.0)}
-
-
-def parse_recipe(text):
-    """Recipe of "ldfs", "lads", or a variation such as "ldfs:sigma=0,direction=class"; exits with status 2 otherwise."""
-    name, _, changes = text.partition(":")
-    kinds = {f.name: type(f.default) for f in fields(Recipe)}
-    if name not in RECIPES:
-        fail(f"unknown recipe {text!r}. Known: {', '.join(RECIPES)}; variations: ldfs:sigma=0 ({', '.join(kinds)}).")
-    try:
-        pairs = dict(change.split("=") for change in changes.split(",")) if changes else {}
-        recipe = replace(RECIPES[name], **{key: kinds[key](value) for key, value in pairs.items()})
-    except (KeyError, ValueError):
-        fail(f"recipe {text!r}: write name=value, with commas between; the names are {', '.join(kinds)}.")
-    if not all(0 <= x < float("inf") for x in (recipe.sigma, recipe.pair, recipe.cls)):
-        fail(f"recipe {text!r}: sigma, pair and cls are numbers from 0 up.")
-    if recipe.direction not in ("caption", "class") or recipe.form not in ("angle", "cosine"):
-        fail(f"recipe {text!r}: direction is caption or class, form is angle or cosine.")
-    return recipe
+from methods import chosen, recipes_of
 
 
 class Mapper(nn.Module):
@@ -138,7 +100,7 @@ def load_mapper(run, recipe_name, domain, seed, model, device="cpu"):
     """A trained Mapper, frozen. Exits with status 2 where it has not been trained on the CLIP of the fingerprint `model`."""
     path = mapper_path(run, recipe_name, domain, seed)
     if not path.exists():
-        fail(f"{path} is not there. Train it: python mapper.py DATASET SOURCE --recipes {recipe_name}")
+        fail(f"{path} is not there. Train it: python mapper.py DATASET SOURCE --methods {recipe_name}")
     state = torch.load(path)
     if state["made_of"]["model"] != model:
         fail(f"{path} was trained on another model. Train it again with mapper.py, or name another folder with --run.")
@@ -149,24 +111,30 @@ def load_mapper(run, recipe_name, domain, seed, model, device="cpu"):
 
 
 def main():
-    parser = data.arguments(__doc__)
-    parser.add_argument("--recipes", nargs="+", default=["lads", "ldfs"], help="also variations: ldfs:sigma=0")
-    parser.add_argument("--steps", type=data.positive(int), default=300, help="steps for each mapper (default: 300)")
-    args = parser.parse_args()
-    recipes = {name: parse_recipe(name) for name in args.recipes}
+    args = data.arguments(__doc__).parse_args()
+    recipes = recipes_of(chosen(args))
+    if not recipes:
+        return  # finetune, flyp and arf need no mapper
     dataset, run = data.prepare(args)
-    targets = dataset.targets(args.source)
+    targets = dataset.styles(args.source)
+    if not targets:
+        fail(
+            f"{dataset.name}: its domains are all called {dataset.phrases[args.source]!r}, so no text points from one to "
+            f"another. Leave out lads and ldfs, or give them phrases in {dataset.folder / 'dataset.json'} (see data.py)."
+        )
     clip = load_clip(args, dataset)
     row, z_all = cached_features(clip, dataset, args.source, run)
-    everything = dataset.images[args.source]
+    everything = dataset.trainable(args.source)
+    z_all = z_all[[row[p] for p, _ in everything]]
+    row = {p: i for i, (p, _) in enumerate(everything)}
     labels_all = torch.tensor([y for _, y in everything])
     texts = {}  # (direction, domain): t^k of every source image
-    for domain in dataset.phrases:
+    for domain in (args.source, *targets):
         texts["class", domain] = encode_texts(clip, data.class_texts(dataset, domain))[labels_all]
         if any(r.direction == "caption" for r in recipes.values()):
             own = data.caption_texts(dataset, domain, [p for p, _ in everything])
             texts["caption", domain] = encode_texts(clip, own)
-    class_text = encode_texts(clip, data.class_texts(dataset, args.source))
+    class_text = encode_head(clip, data.prompts(dataset, args.source))
 
     jobs = [(seed, domain, name) for seed in range(args.seeds) for domain in targets for name in recipes]
     seen = {}  # (recipe, target): statistics of every seed
@@ -175,13 +143,13 @@ def main():
         i = torch.tensor([row[p] for p, _ in data.split(dataset, args.source, args.source, "train", seed)])
         text_source, text_target = (texts[recipes[name].direction, d][i] for d in (args.source, domain))
         tensors = [x.to(clip.device) for x in (z_all[i], labels_all[i], text_source, text_target, class_text)]
-        made_of = {"recipe": asdict(recipes[name]), "steps": args.steps, "data": data.digest(tensors)}
+        made_of = {"recipe": asdict(recipes[name]), "steps": args.mapper_steps, "data": data.digest(tensors)}
         made_of["model"] = clip.fingerprint
         path = mapper_path(run, name, domain, seed)
         state = torch.load(path) if path.exists() else None
         if state is None or state["made_of"] != made_of:
             try:
-                mapper, numbers = train_mapper(*tensors, recipes[name], seed, args.steps)
+                mapper, numbers = train_mapper(*tensors, recipes[name], seed, args.mapper_steps)
             except FloatingPointError as error:
                 fail(f"{name}: {error}. Look at the features, or weigh the terms otherwise.")
             state = {"mapper": mapper.cpu().state_dict(), "made_of": made_of, "statistics": numbers}

@@ -85,7 +85,8 @@ def captions_of(tiny_data):
 def test_captions_of_the_source_resume_after_a_kill(tiny_data, tiny_blip2, monkeypatch, capsys):
     """A killed run left whole lines and half a line; what is there is not said again, and the outcome is the same."""
     path = tiny_data / "tiny" / "captions.jsonl"
-    common = ["caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2, "--batch-size", 4, "--max-tokens", 5]
+    common = ["caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2]
+    common += ["--caption-batch", 4, "--max-tokens", 5]
     path.unlink()
     call(monkeypatch, *common)
     whole = captions_of(tiny_data)
@@ -156,7 +157,7 @@ def test_two_processes_write_what_one_writes(tiny_data, tiny_pool, tiny_clip, ti
     path = tiny_data / "tiny" / "captions.jsonl"
     path.unlink()
     common = ["tiny", "photo", "--data", tiny_data]
-    write = ["caption", *common, "--captioner", tiny_blip2, "--batch-size", 4, "--max-tokens", 5]
+    write = ["caption", *common, "--captioner", tiny_blip2, "--caption-batch", 4, "--max-tokens", 5]
     find = ["retrieve", *common, "--model", tiny_clip, "--pool", tiny_pool, "--same", 0.99999, "--k", 2, "--run"]
     call(monkeypatch, *write)
     call(monkeypatch, *find, tmp_path / "one" / "run")
@@ -194,23 +195,23 @@ def test_what_is_damaged_is_skipped_and_named(tmp_path):
     path = tmp_path / "00000.tar"
     members = {"a.png": square(0), "a.txt": b"a", "b.jpg": b"broken", "b.txt": b"b", "c.png": square(1), "d.txt": b"no image"}
     write_shard(path, {**members, "e.png": square(2), "e.txt": b"e", "e.json": b"{", "f.png": square(3), "f.txt": b"f"})
-    pairs, bad = anchors.read_shard(path)
+    pairs, bad = data.read_shard(path)
     assert [key for key, *_ in pairs] == ["a", "b", "e", "f"]
     assert len(bad) == 2 and "e.json" in bad[0] and "00000.tar: c (no text)" in bad[1]
     with tarfile.open(path) as tar:
         header, offset = tar.getmember("b.jpg").offset, tar.getmember("f.png").offset_data
     whole = path.read_bytes()
     path.write_bytes(whole[:header] + b"?" * 512 + whole[header + 512:])  # tarfile would take this for the end
-    pairs, bad = anchors.read_shard(path)
+    pairs, bad = data.read_shard(path)
     assert [key for key, *_ in pairs] == ["a", "e", "f"] and any(f"byte {header} (damaged header)" in name for name in bad)
     path.write_bytes(whole[:offset + 20])  # a download that broke off
-    pairs, bad = anchors.read_shard(path)
+    pairs, bad = data.read_shard(path)
     assert [key for key, *_ in pairs] == ["a", "b", "e"] and any("00000.tar after" in name for name in bad)
 
 
 def retrieved(run):
     shards = sorted((run / "retrieved").glob("*.tar"))
-    return {key: (text, about) for shard in shards for key, _, text, about in anchors.read_shard(shard)[0]}
+    return {key: (text, about) for shard in shards for key, _, text, about in data.read_shard(shard)[0]}
 
 
 def test_retrieval_keeps_benchmark_images_and_duplicates_out(tiny_data, tiny_pool, tiny_clip, tmp_path, monkeypatch, capsys):
@@ -258,7 +259,7 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
     queries = [{zero: 0.9}, {one: 0.8}, {zero: 0.7, one: 0.9}, {"dog": 0.5}]
     members = {f"{i}.{e}": c for i in range(4) for e, c in (("png", square(i)), ("txt", b"text %d" % i))}
     write_shard(tmp_path / "pool.tar", members)
-    shard = anchors.read_shard(tmp_path / "pool.tar")[0]
+    shard = data.read_shard(tmp_path / "pool.tar")[0]
     pairs = [(key, where, text, {"retrieved": {"queries": q}}) for (key, where, text, _), q in zip(shard, queries)]
     anchors.write_retrieved(tmp_path / "retrieved", pairs, {})
     dataset = data.load("tiny", tiny_data)
@@ -274,4 +275,4 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
 
 def test_no_pool_is_one_line(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):
     said = refusal(capsys, monkeypatch, "retrieve", "tiny", "photo", "--data", tiny_data, "--run", tmp_path / "run")
-    assert "cc3m: no webdataset shards there" in said and "pixparse/cc3m-wds" in said
+    assert "could not fetch pixparse/cc3m-wds" in said and "data/cc3m by hand" in said

@@ -17,7 +17,7 @@ def test_accuracies_and_their_means(tiny_data):
         right = torch.eye(3)[[y for _, y in items]]
         return right if domain == "photo" else torch.eye(3)[[0] * len(items)]
 
-    rows = evaluate.accuracies(dataset, "photo", 0, features_of, torch.eye(3), "m")
+    rows = evaluate.accuracies(dataset, "photo", 0, features_of, lambda domain: torch.eye(3), "m")
     third = pytest.approx(100 / 3)
     assert rows == [
         ("m", "photo", "val", "accuracy", 100, 3, 0),
@@ -35,7 +35,7 @@ def test_unseen_classes_and_their_mean(tiny_data):
     def features_of(domain, items):  # sketches all look like cats
         return torch.eye(3)[[y * (domain != "sketch") for _, y in items]]
 
-    rows = evaluate.unseen_accuracies(dataset, 2, features_of, torch.eye(3), "m")
+    rows = evaluate.unseen_accuracies(dataset, 2, features_of, lambda domain: torch.eye(3), "m")
     third = pytest.approx(100 / 3)
     expected = {"unseen photo": 100, "unseen sketch": third, "unseen cartoon": 100, "unseen mean": pytest.approx(700 / 9)}
     assert {row[1]: row[4] for row in rows} == expected and all(row[6] == 2 for row in rows)
@@ -146,8 +146,8 @@ def test_unfinished_or_foreign_checkpoints_are_refused(tiny_data, tiny_clip, tmp
     import finetune
 
     common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
-    common += ["--methods", "finetune"]
-    monkeypatch.setattr("sys.argv", ["finetune.py", *common, "--epochs", "1"])
+    common += ["--methods", "finetune", "--epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["finetune.py", *common])
     finetune.main()
     path = tmp_path / "run" / "checkpoints" / "head-scratch-finetune-seed0.pt"
     whole = torch.load(path)
@@ -168,7 +168,7 @@ def test_only_evaluate_reads_target_images(tiny_data, tiny_clip, tmp_path, monke
         for image in (tiny_data / "tiny" / domain).glob("*/*.png"):
             image.write_bytes(b"broken")
     common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", ["mapper.py", *common, "--steps", "2"])
+    monkeypatch.setattr("sys.argv", ["mapper.py", *common, "--mapper-steps", "2"])
     mapper.main()
     for train in ("head", "visual", "all"):
         monkeypatch.setattr("sys.argv", ["finetune.py", *common, "--epochs", "1", "--train", train])

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 import data
 import features
 import finetune
-from finetune import SCHEDULES, Anchors, Method, Schedule, lr_at, parse_method, step_loss, with_synthesised
+from finetune import SCHEDULES, Anchors, Schedule, lr_at, step_loss, with_synthesised
 from mapper import Mapper
+from methods import Method, parse_method
 
-SHORT = {"head": Schedule(3, 8, 1e-2), "visual": Schedule(3, 8, 1e-3), "all": Schedule(3, 8, 1e-3)}
+SHORT = {train: Schedule(3, 8, 1e-2 if train == "head" else 1e-3) for train in SCHEDULES}
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def anchors_of(clip, tmp_path):
     """Anchors for the 18 training photos: a caption each, and 7 retrieved pairs."""
     from conftest import square, write_shard
 
-    from anchors import read_shard
+    from data import read_shard
 
     write_shard(tmp_path / "0.tar", {f"{i}.{e}": c for i in range(7) for e, c in (("png", square(i)), ("txt", b"w%d" % i))})
     retrieved = [(where, text) for _, where, text, _ in read_shard(tmp_path / "0.tar")[0]]

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import mapper
-from mapper import RECIPES, Mapper, Recipe, parse_recipe, train_mapper
+from mapper import Mapper, train_mapper
+from methods import RECIPES, Recipe, parse_recipe
 
 
 def world(n=64, d=16, classes=4, seed=0):

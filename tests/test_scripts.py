@@ -18,7 +18,7 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     row = next(r for r in rows if r["metric"] == "accuracy" and r["method"] == "ldfs")
-    columns = "method dataset source domain split metric value n seed args versions commit"
+    columns = "method dataset source domain split metric value n seed args versions commit of"
     assert row.keys() == set(columns.split())
     accuracy = {(r["method"], r["domain"], r["split"], r["seed"]) for r in rows if r["metric"] == "accuracy"}
     assert len(accuracy) == 4 * 6 * 2  # methods x (val, ID, 2 OOD, their mean, extended) x seeds
@@ -57,13 +57,15 @@ def test_run_arf_end_to_end(script, tiny_data, tiny_clip, tiny_blip2, tiny_pool,
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["tiny", "photo", "--methods", "flip"], "unknown method flip"),
-    (["tiny", "photo"], "no webdataset shards there"),
-    (["tiny", "photo", "--kk", "1"], "unknown option --kk"),
-    (["tiny", "--kk", "1"], "bash run_arf.sh DATASET SOURCE"),
+    (["tiny", "photo", "--methods", "flip"], "unknown recipe 'flip'"),
+    (["tiny", "photo", "--methods", "flyp+retrieved"], "could not fetch pixparse/cc3m-wds"),
+    (["tiny", "photo", "--pool", "nowhere", "--methods", "flyp+retrieved"], "nowhere: no webdataset shards there"),
+    (["tiny", "--kk", "1"], "unrecognized arguments: --kk 1"),
+    (["tiny", "photo", "--train", "head"], "flyp and arf train the towers"),
+    ([], "the following arguments are required: dataset"),
 ])
 def test_bad_input_to_run_arf(script, tiny_data, tmp_path, arguments, says):
-    done = script("run_arf.sh", *arguments, "--data", tiny_data, "--run", tmp_path / "run", code=2)
+    done = script("run_arf.sh", *arguments, *(["--data", tiny_data, "--run", tmp_path / "run"] if arguments else []), code=2)
     assert says in done.stderr, done.stderr
 
 
@@ -72,7 +74,7 @@ def test_bad_input_to_run_arf(script, tiny_data, tmp_path, arguments, says):
     (["tiny", "foto"], "no domain 'foto'"),
     (["tiny", "photo", "--model", "local-dir:/nowhere"], "/nowhere/open_clip_config.json does not exist"),
     (["tiny", "photo", "--methods", "ldsf"], "unknown recipe 'ldsf'"),
-    (["tiny", "photo", "--sedes", "1"], "unknown option --sedes"),
+    (["tiny", "photo", "--seed", "1"], "unrecognized arguments: --seed 1"),
     (["tiny", "photo", "--seeds", "0"], "--seeds: 0 is not above 0"),
 ])
 def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, arguments, says):
