@@ -211,7 +211,7 @@ def locate(name, root):
         return root / name
     about = DATASETS.get(name, {})
     wanted = ("train", "val") if name == "imagenet" else about.get("phrases", ())
-    alike = [f for f in sorted(root.glob("*")) if f.is_dir() and folded(f.name).startswith(folded(name))]
+    alike = [f for f in sorted(root.glob("[!.]*")) if f.is_dir() and folded(f.name).startswith(folded(name))]
     return next((f for f in [*alike, root] if any(find(f, domain).is_dir() for domain in wanted)), None)
 
 
@@ -439,7 +439,7 @@ def fetch(repository, folder, patterns, into=None):
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail(f"{into or folder} is not there, and one process is to fetch it. First run this without torchrun.")
-    part = folder.with_name(f".{folder.name}.part")
+    part = folder.with_name(f".{folder.name.lstrip('.')}.part")
     try:
         files = HfApi().dataset_info(repository, files_metadata=True).siblings
         files = list(filter_repo_objects(files, allow_patterns=patterns, key=lambda f: f.rfilename))

@@ -31,9 +31,9 @@ class Handler(BaseHTTPRequestHandler):
                 siblings = [{"rfilename": name, "size": f.stat().st_size} for name, f in files]
                 answer = {"id": asked[2], "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
             return self.answer(json.dumps(answer).encode(), body, {"Content-Type": "application/json"})
-        asked = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        asked = re.fullmatch(r"/(?:api/)?(?:(datasets)/|models/)?([^/]+/[^/]+)/(?:resolve|tree)/[^/]+/(.+)", path)
         if asked:
-            file = self.server.folder / ("datasets" if asked[1] else "models") / asked[2] / asked[3]
+            file = self.server.folder / (asked[1] or "models") / asked[2] / asked[3]
             if file.is_file():
                 self.server.served.append(f"{asked[2]}/{asked[3]}")
                 etag = hashlib.sha256(f"{file} {file.stat().st_size}".encode()).hexdigest()

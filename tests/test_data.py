@@ -205,3 +205,58 @@ def test_the_real_pacs(capsys):
     assert len(texts) == 1670 and all(t.startswith("a sketch of ") and len(t) > 14 for t in texts)
     parts = [{p for p, _ in data.split(dataset, "photo", "photo", part, 0)} for part in ("train", "val", "test")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 1670
+
+
+def layout(root, about, rename=lambda name: name):
+    """An empty-handed copy of a known data set: one class, ten files a domain."""
+    for domain in about["phrases"]:
+        folder = root / rename(domain) / "Alarm_Clock"
+        folder.mkdir(parents=True)
+        for i in range(10):
+            (folder / f"{i}.jpg").touch()
+
+
+@pytest.mark.parametrize("name, folder, domain, source", [
+    ("pacs", "PACS", str.title, "photo"),
+    ("office_home", "OfficeHomeDataset_10072016", lambda d: d.replace("_", " ").title(), "real_world"),
+    ("domainnet", "domain_net", str, "real"),
+    ("terra_incognita", "TerraIncognita", str, "location_38"),
+    ("vlcs", "VLCS", str, "VOC2007"),
+])
+def test_known_sets_are_found_in_their_usual_capitalisations(tmp_path, capsys, name, folder, domain, source):
+    """… with the same splits as in ours, whatever the folders are called; the source is the first domain."""
+    layout(tmp_path / "a" / folder, data.DATASETS[name], domain)
+    layout(tmp_path / "b" / name, data.DATASETS[name])
+    found, ours = data.load(name, tmp_path / "a"), data.load(name, tmp_path / "b")
+    assert found.folder == tmp_path / "a" / folder and [*found.images] == [*data.DATASETS[name]["phrases"]]
+    assert found.names == ["alarm clock"] and "are published" in capsys.readouterr().err
+
+    def files(dataset):
+        return [path.split("/")[-1] for path, _ in data.split(dataset, source, source, "train", 0)]
+
+    assert files(found) == files(ours) and len(files(ours)) == 7
+    assert data.load(name, tmp_path / "a" / folder).images == found.images  # --data may name the folder itself
+    args = data.arguments("").parse_args([name, "--data", str(tmp_path / "a"), "--run", str(tmp_path / "run")])
+    assert data.prepare(args)[0].folder == found.folder and args.source == source
+
+
+def test_an_official_list_must_be_of_these_files(tmp_path, capsys):
+    layout(tmp_path / "domainnet", data.DATASETS["domainnet"])
+    (tmp_path / "domainnet/real_test.txt").write_text("real/Alarm_Clock/3.jpg 0\nreal/Alarm_Clock/4.jpg 0\n")
+    test = data.split(data.load("domainnet", tmp_path), "real", "real", "test", 0)
+    assert test == [("real/Alarm_Clock/3.jpg", 0), ("real/Alarm_Clock/4.jpg", 0)]
+    capsys.readouterr()
+    (tmp_path / "domainnet/real_test.txt").write_text("real/x/real_1.jpg 0\n")
+    with pytest.raises(SystemExit):
+        data.load("domainnet", tmp_path)
+    assert "names no image" in capsys.readouterr().err
+
+
+def test_domains_without_a_style_have_no_mapper(tmp_path, tiny_clip, monkeypatch, capsys):
+    import mapper
+
+    layout(tmp_path / "vlcs", data.DATASETS["vlcs"])
+    monkeypatch.setattr("sys.argv", ["mapper.py", "vlcs", "--data", str(tmp_path), "--run", str(tmp_path / "r")])
+    with pytest.raises(SystemExit) as stop:
+        mapper.main()
+    assert stop.value.code == 2 and "all called 'a photo'" in capsys.readouterr().err

@@ -333,3 +333,67 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tiny_data, tiny_cli
         if name.endswith("in_proj_bias"):  # a key's bias has no gradient but rounding noise, of which Adam makes full steps
             far[len(far) // 3:2 * len(far) // 3] = 0
         assert far.mean() < 1e-4 * moved.mean() + 1e-9, name
+
+
+def test_coops_prompt_with_the_embeddings_of_words_is_these_words(clip):
+    """Context vectors set to the embeddings of "X": the text tower says the same as of "X X X X cat."; only they learn."""
+    clip, dataset = clip
+    context = finetune.Context(clip, dataset.names, torch.Generator().manual_seed(0))
+    assert context.vectors.shape == (4, 32) and [name for name, _ in context.named_parameters()] == ["vectors"]
+    for words in ("X X X X", "X to be X"):
+        texts = [f"{words} {name}." for name in dataset.names]
+        context.vectors.data[:] = clip.model.token_embedding.weight[clip.tokenizer(texts)[0, 1:5]]
+        assert torch.allclose(context(), features.encode_texts(clip, texts), atol=1e-6)
+    context()[:, 0].sum().backward()
+    assert (context.vectors.grad.abs().sum(1) > 0).all() and clip.model.token_embedding.weight.grad is None
+
+
+def test_coop_learns_the_classes(clip, tmp_path):
+    """On features of three colours, the trained prompt classifies better than the untrained: its head is in the checkpoint."""
+    clip, dataset = clip
+    run(clip, dataset, tmp_path / "p.pt", "prompt", schedule=Schedule(40, 8, 3e-2, weight_decay=0))
+    items = data.split(dataset, "photo", "photo", "train", 0)
+    z = features.encode_images(clip, dataset.folder, items)
+    head = torch.load(tmp_path / "p.pt")["modules"]["head.weight"]
+    right = (z @ head.T).argmax(1).eq(torch.tensor([y for _, y in items])).float().mean()
+    assert right > 0.9 and torch.allclose(head.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_a_long_gradient_is_cut(clip, tmp_path, monkeypatch):
+    clip, dataset = clip
+    lengths, step = [], torch.optim.AdamW.step
+
+    def look(self, *args, **kwargs):
+        lengths.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    run(clip, dataset, tmp_path / "a.pt", schedule=Schedule(2, 8, 1e-3))
+    free = max(lengths)
+    lengths.clear()
+    run(clip, dataset, tmp_path / "b.pt", schedule=Schedule(2, 8, 1e-3, max_norm=free / 2))
+    assert max(lengths) == pytest.approx(free / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("train", ["visual", "head"])
+def test_a_checkpoint_is_a_model(tiny_data, tiny_clip, tmp_path, script, capsys, train):
+    """--model takes what finetune.py wrote: its tower's features, under the name of the file; a head alone is refused."""
+    common = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--run", tmp_path / "run", "--seeds", 1]
+    script("finetune.py", *common, "--methods", "finetune", "--train", train, "--epochs", 1, "--lr", 1e-2)
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    dataset = data.load("tiny", tiny_data)
+    args = data.arguments("").parse_args(["tiny", "photo", "--model", str(path)])
+    if train == "head":
+        with pytest.raises(SystemExit) as stop:
+            features.load_clip(args, dataset)
+        assert stop.value.code == 2 and "holds a head alone" in capsys.readouterr().err
+        return
+    tuned, state = features.load_clip(args, dataset), torch.load(path)["modules"]
+    assert all(torch.equal(v, state[f"clip.{k}"]) for k, v in tuned.model.state_dict().items())
+    original = features.load_clip(data.arguments("").parse_args(["tiny", "photo", "--model", tiny_clip]), dataset)
+    assert tuned.name == str(path) and tuned.fingerprint != original.fingerprint
+    (tmp_path / "other.pt").write_bytes(b"not a checkpoint")
+    for name, says in (("nowhere.pt", "no such file"), ("other.pt", "not a checkpoint of finetune.py")):
+        with pytest.raises(SystemExit):
+            features.load_clip(data.arguments("").parse_args(["tiny", "--model", str(tmp_path / name)]), dataset)
+        assert says in capsys.readouterr().err
