@@ -3,7 +3,7 @@
 have_packages() {
   python3 - <<'PYTHON'
 import importlib.util, sys
-needed = ["torch", "torchvision", "open_clip", "transformers", "faiss", "tqdm", "matplotlib", "resvg_py", "pytest"]
+needed = ["torch", "torchvision", "open_clip", "transformers", "faiss", "datasets", "tqdm", "matplotlib", "resvg_py", "pytest"]
 sys.exit(any(importlib.util.find_spec(name) is None for name in needed))
 PYTHON
 }
