@@ -207,8 +207,9 @@ def make_emoji(stage, root):
 
 def locate(name, root):
     """The folder of the data set `name`: root/NAME in whatever capitalisation, or `root` itself; None where there is none."""
-    if (root / name / "dataset.json").exists():
-        return root / name
+    for folder in (root / name, root):
+        if (folder / "dataset.json").exists():
+            return folder
     about = DATASETS.get(name, {})
     wanted = ("train", "val") if name == "imagenet" else about.get("phrases", ())
     alike = [f for f in sorted(root.glob("[!.]*")) if f.is_dir() and folded(f.name).startswith(folded(name))]
@@ -390,19 +391,17 @@ def split(dataset, source, domain, part, seed):
     show one thing, what is trained or validated on in the source is in no target's test part either.
     A pure function of (data set, file names, seed): things are put in the order of a hash.
     """
-    official = dataset.official.get(domain)
+    official, same_stem = dataset.official.get(domain), dataset.about.get("same_stem_same_thing")
     if domain != source and part != "test":
         return []
-    if official is not None and (part == "test" or domain != source):
+    if official is not None and part == "test":
         return [(path, y) for path, y in dataset.images[domain] if path in official]
+    if domain != source and not same_stem:
+        return dataset.images[domain]
 
-    def thing(where):
-        if not isinstance(where, str):
-            return where  # in an archive: of a target
-        if dataset.about.get("same_stem_same_thing"):
-            return Path(where).stem
-        *folders, file = where.split("/")
-        return "/".join([*(folded(f, "_") for f in folders), file])
+    def thing(path):
+        *folders, file = path.split("/")
+        return Path(path).stem if same_stem else "/".join([*(folded(f, "_") for f in folders), file])
 
     def rank(name):
         return hashlib.sha256(f"{dataset.name} {seed} {name}".encode()).hexdigest()
@@ -439,6 +438,8 @@ def fetch(repository, folder, patterns, into=None):
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail(f"{into or folder} is not there, and one process is to fetch it. First run this without torchrun.")
+    if folder.is_dir() and any(folder.iterdir()):
+        fail(f"{folder} is there, but holds nothing of {repository}'s that can be used. Move it away, or name another --data.")
     part = folder.with_name(f".{folder.name.lstrip('.')}.part")
     try:
         files = HfApi().dataset_info(repository, files_metadata=True).siblings
@@ -489,8 +490,13 @@ def fetch_data_set(name, root):
     if any(file.endswith("_test.txt") for file in lists):
         for file, lines in lists.items():
             (part / file).write_text("".join(lines))
+    old = root / f".{name}.old"
+    if (root / name).exists():  # with captions in it, say, but none of its domains
+        shutil.copytree(root / name, part, dirs_exist_ok=True)
+        (root / name).rename(old)
     part.rename(root / name)
     shutil.rmtree(parquet)
+    shutil.rmtree(old, ignore_errors=True)
     print(f"wrote {root / name}")
 
 

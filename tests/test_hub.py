@@ -116,8 +116,11 @@ def test_a_killed_download_is_no_data_set(hub, script, tmp_path):
     serve_pacs(hub, each=1)
     (tmp_path / "data/.pacs.part/photo/dog").mkdir(parents=True)
     (tmp_path / "data/.pacs.parquet.part").mkdir()
+    (tmp_path / "data/pacs").mkdir()
+    (tmp_path / "data/pacs/captions.jsonl").write_text('{"path": "photo/dog/pic_0.png", "caption": "a dog"}\n')
     done = script("data.py", "pacs", "--data", tmp_path / "data")
     assert "photo 7 images" in done.stdout and {f.name for f in (tmp_path / "data").iterdir()} == {"pacs"}
+    assert "a dog" in (tmp_path / "data/pacs/captions.jsonl").read_text()  # what was there before stays
 
 
 def test_what_the_hub_lacks_is_said_in_one_line(hub, script, tmp_path):
