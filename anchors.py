@@ -39,7 +39,7 @@ from features import (
     read_member,
     the_device,
 )
-from methods import chosen
+from methods import chosen, recipes_of
 
 DEFAULT_CAPTIONER = "Salesforce/blip2-opt-2.7b"
 
@@ -97,6 +97,8 @@ def caption(args):
     if args.methods and not any(m.needs_captions for m in chosen(args).values()):
         return  # no method asks for captions
     dataset, _ = data.prepare(args, data.load(args.dataset, args.data))
+    if args.methods and recipes_of(chosen(args)):
+        dataset.styles(args.source)  # before hours of captions that no mapper could use
     path = Path(args.captions) if args.captions else dataset.captions or dataset.folder / "captions.jsonl"
     rank, world = ranks()
     name = args.captioner or dataset.about.get("captioner") or DEFAULT_CAPTIONER
@@ -178,17 +180,21 @@ def read_part(path):
 # ITAR: image-text pairs from a pool
 
 
-def make_pool(pool, dataset):
-    """Make a pool that is not there where this repository knows how: CC3M from the hub, that of the emoji benchmark.
+def asks_for_pairs(args):
+    """Whether one of --methods takes retrieved pairs, or none is named."""
+    return not args.methods or any(m.retrieved for m in chosen(args).values())
+
+
+def make_pool(args, dataset):
+    """The folder of the pool, made where this repository knows how: CC3M from the hub, that of the emoji benchmark.
 
     Exits with status 2 where it does not.
     """
+    pool = Path(args.pool or dataset.folder.parent / dataset.about.get("pool", "cc3m"))
     if any(pool.glob("*.tar")):
-        return
-    if ranks()[1] > 1:
-        fail(f"{pool} is not there, and not all processes of torchrun shall make it. Run anchors.py retrieve without it first.")
+        return pool
     if pool.name == "cc3m":
-        data.fetch("pixparse/cc3m-wds", pool, ["cc3m-train-*.tar"])
+        data.fetch_cc3m(pool)
     elif pool.name == "emoji_pool":
         data.make_emoji("pool", pool.parent)
     else:
@@ -196,6 +202,7 @@ def make_pool(pool, dataset):
             f"--pool {pool}: no webdataset shards there (00000.tar with KEY.jpg, KEY.txt). Name another folder; or none, "
             "and CC3M is fetched."
         )
+    return pool
 
 
 def embed(clip, shard, out):
@@ -239,11 +246,10 @@ def search(queries, parts, k):
 
 def retrieve(args):
     """Embed the pool, search it, and write runs/…/retrieved/*.tar: the pairs nearest to the source's images or classes."""
-    if args.methods and not any(m.retrieved for m in chosen(args).values()):
-        return  # no method asks for retrieved pairs
+    if not asks_for_pairs(args):
+        return
     dataset, run = data.prepare(args, data.load(args.dataset, args.data))
-    pool = Path(args.pool or dataset.folder.parent / dataset.about.get("pool", "cc3m"))
-    make_pool(pool, dataset)
+    pool = make_pool(args, dataset)
     shards = sorted(pool.glob("*.tar"))
     rank, world = ranks()
     clip = load_clip(args, dataset)
@@ -367,6 +373,8 @@ def main():
     parser = data.arguments(__doc__)
     parser.prog = f"anchors.py {sys.argv[1]}"
     args = parser.parse_args(sys.argv[2:])
+    if "retrieve" in wanted and asks_for_pairs(args):
+        make_pool(args, data.load(args.dataset, args.data))  # before hours of captions
     for stage in wanted:
         stages[stage](args)
     if ranks()[1] > 1:

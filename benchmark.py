@@ -6,14 +6,13 @@
 Prints a row of the README's table for each, with the device's name. It computes alone: no image is read or decoded.
 """
 
-import argparse
 import time
 
 import open_clip
 import torch
 import torch.nn.functional as F
 
-from data import positive
+from data import Parser, positive
 from features import autocast, precision, the_device
 from finetune import Anchors, arf_loss, step_loss
 
@@ -88,16 +87,20 @@ def captioning(batch_size, steps, device, beams=5, tokens=30):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="*", default=["finetune", "flyp", "arf", "captions"])
+    parser, known = Parser(description=__doc__.split("\n")[0]), ["finetune", "flyp", "arf", "captions"]
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(known)} (default: all)")
     parser.add_argument("--model", default="ViT-B-16-quickgelu", help="open_clip's name of an architecture")
     parser.add_argument("--batch-size", type=positive(int), default=512)
     parser.add_argument("--caption-batch", type=positive(int), default=32)
     parser.add_argument("--steps", type=positive(int), default=10)
     args = parser.parse_args()
+    if odd := [what for what in args.what if what not in known]:
+        parser.error(f"{odd[0]}: not one of {', '.join(known)}")
+    if args.model not in open_clip.list_models():
+        parser.error(f"--model {args.model}: open_clip knows no such architecture")
     device = the_device()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    for what in args.what:
+    for what in args.what or known:
         batch_size = args.caption_batch if what == "captions" else args.batch_size
         if what == "captions":
             speed, memory = captioning(batch_size, args.steps, device)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 # the source unless one is named; a phrase says what the pictures of each are called ("PHRASE of a dog"). `counts` are the
 # published numbers of images, checked when the set is read. `hub`: its repository, and its columns of domain and class.
 # `by_hand`: how to come by a set that no repository here has.
+# CHOICE: the phrases of all sets but PACS, which mappers go by, and which domain is the source; alternative: a dataset.json.
 DATASETS = {
     "pacs": {
         "phrases": {"photo": "a photo", "art_painting": "an art painting", "cartoon": "a cartoon", "sketch": "a sketch"},
@@ -48,7 +49,7 @@ DATASETS = {
         "counts": {"real_world": 4357, "art": 2427, "clipart": 4365, "product": 4439},
         "hub": ("flwrlabs/office-home", "domain", "label"),
     },
-    "domainnet": {  # its split is the official one, of the files {domain}_test.txt
+    "domainnet": {
         "phrases": {
             "real": "a photo", "clipart": "a clipart image", "infograph": "an infographic", "painting": "a painting",
             "quickdraw": "a quick doodle", "sketch": "a sketch",
@@ -57,6 +58,7 @@ DATASETS = {
             "real": 172947, "clipart": 48129, "infograph": 51605, "painting": 72266, "quickdraw": 172500, "sketch": 69128,
         },
         "hub": ("wltjr1007/DomainNet", "domain", "category"),
+        "official": True,  # its split is that of the files {domain}_test.txt
         "schedules": {"visual": {"batch_size": 512}, "all": {"batch_size": 512}},
     },
     # photographs from four collections, and from four places: their domains have no word for a style
@@ -109,6 +111,16 @@ def fail(message):
     sys.exit(2)
 
 
+def warn(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def by_one_process(what):
+    """Exit with status 2 under torchrun, whose processes would all do what one is to do."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail(f"{what} is not there, and one process is to make it. First run, without torchrun: python data.py NAME.")
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One data set on disk. `images[domain]` lists (where, class index), sorted.
@@ -133,8 +145,17 @@ class Dataset:
         return [domain for domain in self.phrases if domain != source and domain in self.images]
 
     def styles(self, source):
-        """The domains that a mapper can be told to go to: those called otherwise than `source`. No image of them is needed."""
-        return [domain for domain, phrase in self.phrases.items() if phrase != self.phrases[source]]
+        """The domains that a mapper can be told to go to: those called otherwise than `source`. No image of them is needed.
+
+        Exits with status 2 where there is none.
+        """
+        styles = [domain for domain, phrase in self.phrases.items() if phrase != self.phrases[source]]
+        if not styles:
+            fail(
+                f"{self.name}: its domains are all called {self.phrases[source]!r}, so no text points from one to another. "
+                f"Leave out lads and ldfs, or give them phrases in {self.folder / 'dataset.json'} (see data.py)."
+            )
+        return styles
 
     def trainable(self, domain):
         """All images of `domain` but those of an official test part."""
@@ -193,12 +214,17 @@ def load(name, root="data", captions=None):
     for domain, items in images.items():
         expected = about.get("counts", {}).get(domain, len(items))
         if expected != len(items):
-            tqdm.write(f"warning: {name}, {domain}: {len(items)} images in {folder}, {expected} are published", sys.stderr)
+            warn(f"{name}, {domain}: {len(items)} images in {folder}, {expected} are published")
+    if about.get("official") and len(more["official"]) < len(images):
+        warn(f"{folder} has not the official lists {{domain}}_test.txt of all domains: those without are split at random")
+    for domain, how_to in more.get("absent", {}).items():
+        warn(f"{name}, {domain} will not be run: {how_to}")
     return Dataset(name, folder, about["phrases"], classes, names, images, about, captions, **more)
 
 
 def make_emoji(stage, root):
     """Have emoji.py draw its "benchmark" or its "pool" into `root`."""
+    by_one_process(f"the emoji {stage}")
     print(f"drawing the emoji {stage} into {root}: python emoji.py {stage}")
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("emoji.py")), stage, "--data", str(root)], check=False)
     if done.returncode:
@@ -212,8 +238,12 @@ def locate(name, root):
             return folder
     about = DATASETS.get(name, {})
     wanted = ("train", "val") if name == "imagenet" else about.get("phrases", ())
-    alike = [f for f in sorted(root.glob("[!.]*")) if f.is_dir() and folded(f.name).startswith(folded(name))]
-    return next((f for f in [*alike, root] if any(find(f, domain).is_dir() for domain in wanted)), None)
+    alike = [f for f in root.glob("[!.]*") if f.is_dir() and folded(f.name).startswith(folded(name))]
+    alike.sort(key=lambda f: (folded(f.name) != folded(name), f.name))  # PACS before PACS_old
+    found = [f for f in alike if any(find(f, domain).is_dir() for domain in wanted)]
+    if name != "imagenet" and wanted and all(find(root, domain).is_dir() for domain in wanted):
+        found.append(root)
+    return found[0] if found else None
 
 
 def read_folders(folder):
@@ -264,9 +294,7 @@ def read_imagenet(folder, about):
     names = list(IMAGENET_CLASSNAMES)  # in the order of the sorted wnids
     templates = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
     shifted, own, absent = read_webdatasets(folder.parent, about["shifted"])
-    for domain in own:
-        if own[domain][0] == names:  # the same head
-            own[domain] = names, templates
+    own = {domain: told for domain, told in own.items() if told[0] != names}  # V2, Sketch: the same classes, the same head
     about = {**about, "templates": {"imagenet": templates}}
     images = {"imagenet": images["train"] + images["val"], **shifted}
     return parts["train"][0], names, images, about, {"official": official, "own": own, "absent": absent}
@@ -283,7 +311,8 @@ def read_webdatasets(root, sets):
     for domain, (name, count) in sets.items():
         folder = root / name
         if not folder.is_dir():
-            absent[domain] = f"{folder}, to be made by hand" if name in BY_HAND else f"{folder}, of clip-benchmark/{name}"
+            how_to = "made by hand" if name in BY_HAND else f"fetched from clip-benchmark/{name} by: python data.py imagenet"
+            absent[domain] = f"{folder} is not there; it is {how_to}"
             continue
         try:
             names = (folder / "classnames.txt").read_text().splitlines()
@@ -301,7 +330,8 @@ def read_webdatasets(root, sets):
         if bad or not items or len(items) < len(pairs):
             fail(f"{folder} is damaged: {[*bad, 'labels without a name'][0]}. Fetch it again, or remove it.")
         if len(items) != count:
-            tqdm.write(f"warning: {folder} holds {len(items)} test images, {count} are published", sys.stderr)
+            warn(f"{folder} holds {len(items)} test images, {count} are published")
+        # CHOICE: the templates that clip-benchmark gives to each set; alternative: one prompt of ours for all
         images[domain], own[domain] = items, (names, [t.replace("{c}", "{}") for t in templates])
     return images, own, absent
 
@@ -427,32 +457,35 @@ def split(dataset, source, domain, part, seed):
 # From the Hugging Face hub
 
 
-def fetch(repository, folder, patterns, into=None):
+def fetch(repository, folder, patterns, into=None, room=1):
     """Download a dataset repository's files of these patterns into `folder`, which is there when it is whole.
 
-    Says first how large they are, and goes on where it was stopped. `into`: where to put the data by hand, if not `folder`.
+    Says first how large they are, and goes on where it was stopped. `into`: where to put the data by hand, if not `folder`;
+    room: how many times their size they will take.
     Exits with status 2 where the hub or the repository cannot be reached, or the disk has no room.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail(f"{into or folder} is not there, and one process is to fetch it. First run this without torchrun.")
+    by_one_process(into or folder)
     if folder.is_dir() and any(folder.iterdir()):
         fail(f"{folder} is there, but holds nothing of {repository}'s that can be used. Move it away, or name another --data.")
     part = folder.with_name(f".{folder.name.lstrip('.')}.part")
     try:
-        files = HfApi().dataset_info(repository, files_metadata=True).siblings
-        files = list(filter_repo_objects(files, allow_patterns=patterns, key=lambda f: f.rfilename))
+        about = HfApi().dataset_info(repository, files_metadata=True)
+        files = list(filter_repo_objects(about.siblings, allow_patterns=patterns, key=lambda f: f.rfilename))
         size = sum(f.size or 0 for f in files)
         part.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(part).free + sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
-        if size > free:
-            fail(f"{repository} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}. Make room, or name another --data.")
+        if size * room > free:
+            wanted = f"{size * room / 1e9:.1f} GB, and there are {free / 1e9:.1f}"
+            fail(f"{repository} wants {wanted} in {folder.parent}. Make room, or name another --data.")
         print(f"fetching {repository} from the Hugging Face hub into {folder}: {len(files)} files, {size / 1e9:.2f} GB")
         if not sys.stderr.isatty():
             disable_progress_bars()
-        snapshot_download(repository, repo_type="dataset", local_dir=part, allow_patterns=patterns)
+        snapshot_download(repository, repo_type="dataset", revision=about.sha, local_dir=part, allow_patterns=patterns)
+        if lacking := [f.rfilename for f in files if (part / f.rfilename).stat().st_size != f.size]:
+            raise OSError(f"{lacking[0]} did not arrive whole")
     except Exception as error:  # no network, no such repository, HF_HUB_OFFLINE, a full disk
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fail(
@@ -462,14 +495,20 @@ def fetch(repository, folder, patterns, into=None):
     part.rename(folder)
 
 
+def fetch_cc3m(folder):
+    """Conceptual Captions as webdataset shards: what was left of it when the hub's copy was made."""
+    fetch("pixparse/cc3m-wds", folder, ["cc3m-train-*.tar"])
+
+
 def fetch_data_set(name, root):
     """Write a data set of the hub (parquet; columns image, domain, class) as {domain}/{class}/* into root/NAME, once."""
     from datasets import ClassLabel, Image, load_dataset
 
+    by_one_process(root / name)
     repository, domain_column, class_column = DATASETS[name]["hub"]
     parquet, part = root / f".{name}.parquet", root / f".{name}.part"
     if not parquet.exists():
-        fetch(repository, parquet, ["*.parquet", "README.md"], into=root / name)
+        fetch(repository, parquet, ["*.parquet", "README.md"], into=root / name, room=2)
     shutil.rmtree(part, ignore_errors=True)
     lists = {}  # {split: lines}: the official split, where there is one
     for of, rows in load_dataset(str(parquet), streaming=True).items():
@@ -484,8 +523,11 @@ def fetch_data_set(name, root):
             path = part / domain / cls / file
             if path.exists():
                 path = path.with_name(f"{of}_{i:06d}_{file}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(row["image"]["bytes"])
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(row["image"]["bytes"])
+            except OSError as error:
+                fail(f"{path}: could not be written ({error.strerror}). Make room, and run again: the download is kept.")
             lists.setdefault(f"{domain}_{of}.txt", []).append(f"{path.relative_to(part).as_posix()}\n")
     if any(file.endswith("_test.txt") for file in lists):
         for file, lines in lists.items():
@@ -629,8 +671,8 @@ def arguments(description):
     add = parser.add_argument_group("mapper.py").add_argument
     add("--mapper-steps", type=positive(int), default=300, help="steps for each mapper (default: 300)")
     add = parser.add_argument_group("finetune.py, where a default is not said: see SCHEDULES there").add_argument
-    add("--train", choices=["head", "prompt", "visual", "all"], default="head",
-        help="linear head (default), CoOp's prompt, image tower and head, or both towers; flyp and arf always both towers")
+    add("--train", choices=["head", "prompt", "visual", "all"],
+        help="linear head (default), CoOp's prompt, image tower and head (default with flyp, arf: these train both), all")
     add("--init", choices=["text", "scratch"], help="the head starts as the class prompts, or random (default: see INITS)")
     add("--frozen-stages", type=int, metavar="N", help="first stages of the image tower that stay as they are (default: 0)")
     add("--epochs", type=positive(int), help="passes over the training images")
@@ -652,8 +694,8 @@ def prepare(args, dataset=None):
     args.source = args.source or next(iter(dataset.phrases))
     if args.source not in dataset.phrases:
         fail(f"{dataset.name} has no domain {args.source!r}. Its domains: {', '.join(dataset.phrases)}.")
-    if args.source not in dataset.images:
-        fail(f"{dataset.name}'s domain {args.source} is not there: get it as {dataset.absent[args.source]}.")
+    if args.source in dataset.absent or not isinstance(dataset.images[args.source][0][0], str):
+        fail(f"{dataset.name}'s {args.source} is to be tested on alone. Finetune on another: {next(iter(dataset.phrases))}.")
     run = Path(args.run or f"runs/{args.dataset}-{args.source}")
     run.mkdir(parents=True, exist_ok=True)
     return dataset, run
@@ -689,12 +731,17 @@ def commit():
 
 
 def append_results(run, args, rows, **more):
-    """Append rows (method, domain, split, metric, value, n, seed) to run/results.jsonl, each with what made it, and `more`."""
+    """Append rows (method, domain, split, metric, value, n, seed) to run/results.jsonl, each with what made it, and `more`.
+
+    Of the flags it keeps those that are not as by default, and those that name a block of the table.
+    """
+    default = vars(arguments("").parse_args([args.dataset]))
+    told = {k: v for k, v in vars(args).items() if v != default.get(k) or k in ("model", "train", "init")}
     shared = {
         **more,
         "dataset": args.dataset,
         "source": args.source,
-        "args": {k: v for k, v in vars(args).items() if k not in ("dataset", "source", "methods", "ablate", "alphas")},
+        "args": {k: v for k, v in told.items() if k not in ("dataset", "source", "methods", "ablate", "alphas")},
         "versions": {package: version(package) for package in ("torch", "open_clip_torch")},
         "commit": commit(),
     }
@@ -707,9 +754,12 @@ def append_results(run, args, rows, **more):
 
 def main():
     parser = Parser(description="Fetch what the Hugging Face hub has of a data set.")
-    parser.add_argument("dataset", choices=[name for name in DATASETS if DATASETS[name].keys() & {"hub", "shifted"}])
+    known = [name for name in DATASETS if DATASETS[name].keys() & {"hub", "shifted"}]
+    parser.add_argument("dataset", choices=[*known, "cc3m"], help="of imagenet its evaluation sets; cc3m is ARF's pool")
     parser.add_argument("--data", default="data", type=Path, help="folder to put it into (default: data)")
     args = parser.parse_args()
+    if args.dataset == "cc3m":
+        return fetch_cc3m(args.data / "cc3m")
     about = DATASETS[args.dataset]
     for name, _ in [*about.get("shifted", {}).values(), *about.get("zero_shot", {}).values()]:
         if name not in BY_HAND and not (args.data / name).is_dir():

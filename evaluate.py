@@ -37,6 +37,7 @@ from features import (
     front_features,
     load_clip,
     open_image,
+    towers,
 )
 from finetune import CACHED, INITS, checkpoint_path, cut_frozen, schedules
 from mapper import load_mapper
@@ -44,8 +45,8 @@ from methods import chosen, recipes_of
 
 # What others measured, printed below one's own table; each under the name of whose it is.
 _LEAVE_ONE_OUT = (
-    "A range to expect, not the paper's: ViT-B/16 trained on all domains but the one it is tested on, the mean over these "
-    "(re-printed by CLIPood and others; several sources, where run_ldfs.sh has one)",
+    "A range to expect, from another paper than LDFS's: ViT-B/16 trained on all domains but the one it is tested on (not, as "
+    "here, on one), the mean over these",
     "method               | PACS | VLCS | OfficeHome | TerraIncognita | DomainNet",
     "zero-shot CLIP       | 96.2 | 81.7 | 82.0       | 33.4           | 57.5     ",
     "CoOp                 | 96.8 | 81.2 | 84.2       | 44.9           | 59.9     ",
@@ -88,10 +89,11 @@ def accuracies(dataset, source, seed, features_of, head_of, method):
     """Rows of accuracy: the source's val and test part, every target domain's test part, and their means.
 
     features_of(domain, items) gives the (N, d) features of a list of (where, label), head_of(domain) the (C, d) classifier,
-    or None where there is none. A domain that is not on this disk, or has no classifier, has no value; the means are over
-    those that have.
+    or None where there is none. A domain that is not on this disk, or has no classifier, has no value.
+    CHOICE: means are over the domains that are here; of a method that has no classifier for one of these there is none, for it
+    would be over other domains than its rivals'; alternative: no mean unless all are here.
     """
-    rows, by_domain = [], {}
+    rows, by_domain, comparable = [], {}, True
     for domain, part in [(source, "val"), (source, "test"), *((d, "test") for d in dataset.phrases if d != source)]:
         if domain in dataset.absent:
             rows.append((method, domain, part, "accuracy", None, 0, seed))
@@ -103,13 +105,14 @@ def accuracies(dataset, source, seed, features_of, head_of, method):
             fail(f"no image of {dataset.folder / domain} is left to test on; add images, or change the fractions.")
         if (class_weight := head_of(domain)) is None:
             rows.append((method, domain, part, "accuracy", None, 0, seed))
+            comparable = False
             continue
         value = accuracy(features_of(domain, items), torch.tensor([y for _, y in items]), class_weight)
         rows.append((method, domain, part, "accuracy", value, len(items), seed))
         by_domain[domain, part] = value
     ood = [value for (domain, _), value in by_domain.items() if domain != source]
     n = sum(count for _, domain, _, _, _, count, _ in rows if domain != source)
-    ood = statistics.mean(ood) if ood else None
+    ood = statistics.mean(ood) if ood and comparable else None
     extended = None if ood is None else (by_domain[source, "test"] + ood) / 2
     rows.append((method, "OOD mean", "test", "accuracy", ood, n, seed))
     rows.append((method, "extended", "test", "accuracy", extended, n, seed))
@@ -130,10 +133,16 @@ def unseen_accuracies(dataset, seed, features_of, head_of, method):
 def restricted(class_weight, names, own_names):
     """The rows of a head (C, d) of classes `names` that classify among `own_names`, or None where one of these is not there.
 
-    ImageNet-A and -R have 200 of ImageNet's 1000 classes: so one chooses among these alone.
+    ImageNet-A and -R have 200 of ImageNet's 1000 classes: so one chooses among these alone. Two classes of one name (ImageNet
+    has two "missile") are told apart by the order, which is the same in both lists.
     """
-    row = {name: i for i, name in enumerate(names)}
-    return class_weight[[row[name] for name in own_names]] if all(name in row for name in own_names) else None
+    rows = []
+    for name in own_names:
+        alike = [i for i, other in enumerate(names) if other == name]
+        if not alike:
+            return None
+        rows.append(next((i for i in alike if not rows or i > rows[-1]), alike[0]))
+    return class_weight[rows]
 
 
 def interpolate(original, tuned, alpha):
@@ -171,14 +180,16 @@ def evaluate_run(args, dataset, run, clip, cached):
     is, and mixed with the original weights at each of --alphas; unseen classes where a tower was trained. A checkpoint that
     has been measured on the same images is not measured again.
     """
-    towers, methods, schedule_of = args.train not in CACHED, chosen(args), schedules(dataset, args)
+    methods, schedule_of = chosen(args), schedules(dataset, args)
+    tuned = args.train not in CACHED  # the towers are, and every checkpoint has its own features
     cut_frozen(clip, dataset, args)
     encode, text = encoder(clip), encode_head(clip, data.prompts(dataset, args.source))
     original = {"head.weight": text, **{f"clip.{k}": v.cpu().clone() for k, v in clip.model.state_dict().items()}}
-    unseen = data.load_unseen(dataset) if towers else None
+    unseen = data.load_unseen(dataset) if tuned else None
     for domain, how_to in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
-        print(f"not run: {domain} ({how_to}, is not there)")
-    images = data.sha(repr([dataset.images, unseen and unseen.images]))
+        print(f"not run: {domain} ({how_to})")
+    images = data.sha(repr([(one.images, one.own) for one in (dataset, unseen) if one]))
+    args.contrastive = asdict(schedule_of["all"]) if any(m.contrastive for m in methods.values()) else None
 
     def measure(method, seed, class_weight, retold):
         """Rows of clip.model as it is. retold: whether the head is what the text tower says of the class prompts."""
@@ -195,7 +206,7 @@ def evaluate_run(args, dataset, run, clip, cached):
             return told[key]
 
         def features_of(domain, items):
-            return encode(dataset, domain, items) if towers else cached(domain, items)
+            return encode(dataset, domain, items) if tuned else cached(domain, items)
 
         rows = accuracies(dataset, args.source, seed, features_of, head_of, method)
         if unseen:
@@ -216,26 +227,25 @@ def evaluate_run(args, dataset, run, clip, cached):
                 fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
             state = torch.load(path, map_location="cpu")
             made_of = state["made_of"]
-            of = data.sha(repr((made_of, args.train, args.init, method, args.alphas, images)))
+            of = data.sha(repr((made_of, args.train, args.init, method, args.alphas, args.contrastive, images)))
             if made_of["schedule"] != asdict(schedule_of["all" if methods[method].contrastive else args.train]):
                 fail(f"{path} was trained with another --epochs, --batch-size or --lr. Say the same here, or train it anew.")
             if made_of["model"] != clip.fingerprint or state["epoch"] < made_of["schedule"]["epochs"]:
                 fail(f"{path} is unfinished, or of another model. Finish it with finetune.py, or name another --run.")
-            if original.keys() < state["modules"].keys() or (towers and original.keys() != state["modules"].keys()):
+            if tuned and original.keys() != state["modules"].keys():
                 fail(f"{path} was trained with another --frozen-stages. Say the same here, or name another --run.")
             if (of, seed) in done:
                 continue
             if rows is None:  # zero-shot, written with the first method's rows, whose block of the table it then is in
-                clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in original.items() if k.startswith("clip.")})
+                clip.model.load_state_dict(towers(original))
                 rows = measure("zero-shot", seed, text, retold=True)
             args.schedule, args.frozen_stages = asdict(schedule_of[args.train]), made_of["frozen stages"]
-            args.contrastive = asdict(schedule_of["all"]) if any(m.contrastive for m in methods.values()) else args.schedule
             weights = {"λ_cap": made_of["anchors"]["lambda_cap"], "λ_ret": made_of["anchors"]["lambda_ret"]}
             label = method + "".join(f" {name}={value:g}" for name, value in weights.items() if value != 1)
             for alpha in (1, *args.alphas):
                 mix = interpolate(original, state["modules"], alpha)
-                if towers:
-                    clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in mix.items() if k.startswith("clip.")})
+                if tuned:
+                    clip.model.load_state_dict(towers(mix))
                 retold = methods[method].contrastive or args.train == "all"
                 class_weight = encode_head(clip, data.prompts(dataset, args.source)) if retold else mix["head.weight"]
                 found = measure(label if alpha == 1 else f"{label} α={alpha:g}", seed, class_weight, retold)
@@ -243,7 +253,7 @@ def evaluate_run(args, dataset, run, clip, cached):
                 rows += [r for r in found if alpha in (0.5, 1) or (r[1] in means and r[2] == "test")]  # the rest is a curve
             data.append_results(run, args, rows, of=of)
             rows = []
-    clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in original.items() if k.startswith("clip.")})
+    clip.model.load_state_dict(towers(original))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +349,9 @@ def curve(run):
 
     points = {}  # method: {α: {domain: [value of each seed]}}
     of_run = [r for r in read_results(run) if r["metric"] == "accuracy" and r["split"] == "test" and r["value"] is not None]
-    latest = max(of_run, key=lambda r: r["line"], default=None)
+    latest = max((r for r in of_run if " α=" in r["method"]), key=lambda r: r["line"], default=None)
+    if not latest:
+        fail(f"{run / 'results.jsonl'} has no weights in between. Measure some: python evaluate.py run … --alphas 0.2 0.5 0.8")
     of_run = [r for r in of_run if how(r) == how(latest)]  # of several ways of training, the one measured last
     for row in of_run:
         method, _, alpha = row["method"].partition(" α=")
@@ -347,8 +359,6 @@ def curve(run):
         domain = "ID" if row["domain"] == row["source"] else row["domain"]
         at.setdefault(domain, []).append(row["value"])
     start = points.pop("zero-shot", {}).get(0)
-    if not any(len(at) > 1 for at in points.values()):
-        fail(f"{run / 'results.jsonl'} has no weights in between. Measure some: python evaluate.py run … --alphas 0.2 0.5 0.8")
     others = [d for d in ("OOD mean", "unseen mean") if d in start]
     if not others:
         print("no curve: there is no other domain, nor a set of other classes, to measure on")
@@ -356,7 +366,8 @@ def curve(run):
     figure, axes = pyplot.subplots(1, len(others), figsize=(5.2 * len(others), 4.4), squeeze=False)
     for axis, other in zip(axes[0], others):
         for method, at in points.items():
-            line = {a: [statistics.mean(v[d]) for d in (other, "ID")] for a, v in sorted({0: start, **at}.items())}
+            at = {a: values for a, values in {0: start, **at}.items() if other in values}
+            line = {a: [statistics.mean(v[d]) for d in (other, "ID")] for a, v in sorted(at.items())}
             [drawn] = axis.plot(*zip(*line.values()), ".-", linewidth=1.2, markersize=4, label=method)
             for a, marker in ((0.5, "D"), (1, "o")):
                 if a in line:
@@ -486,7 +497,7 @@ def how(row):
     words = [f"{row['dataset']}, source {row['source']}, {args['model']}"]
     if row["metric"] == "accuracy":
         words += [f"--train {args['train']} --init {args['init']}"]
-        told = [args["schedule"], args.get("contrastive", args["schedule"])]
+        told = [args["schedule"], args.get("contrastive") or args["schedule"]]
         told = [f"{s['epochs']} epochs of batch {s['batch_size']}, lr {s['lr']}" for s in told]
         words += [told[0], *([f"flyp and arf {told[1]}"] if told[1] != told[0] else [])]
         words += [f"{n} stages frozen"] if (n := args.get("frozen_stages")) else []
@@ -560,6 +571,7 @@ def main():
     parser = data.arguments(__doc__)
     parser.prog = f"evaluate.py {sys.argv[1]}"
     args = parser.parse_args(sys.argv[2:])
+    chosen(args)
     args.init = args.init or INITS[args.train]
     dataset, run = data.prepare(args)
     clip = load_clip(args, dataset)

@@ -80,7 +80,8 @@ def load_clip(args, dataset):
     device = the_device()
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
-            base, pretrained, device=device, aug_cfg={"scale": (0.9, 1.0)}  # FLYP's mild random crop, no flip
+            base, pretrained, device=device, require_pretrained=True,
+            aug_cfg={"scale": (0.9, 1.0)},  # FLYP's mild random crop, no flip
         )
         tokenizer = open_clip.get_tokenizer(base)
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
@@ -91,10 +92,11 @@ def load_clip(args, dataset):
             f"could not load {base} ({reason}). It comes from the Hugging Face hub{whence(base, pretrained)} and is cached "
             "after the first time: run once with a network, or name a folder with --model local-dir:PATH."
         )
-    if pretrained and "openai" in Path(pretrained).name.lower() and not quick_gelu(model):
+    # a tag, a file or, in the hub's cache, a folder above it tells whose weights they are
+    if pretrained and "openai" in "/".join(Path(pretrained).parts[-4:]).lower() and not quick_gelu(model):
         fail(f"--model {base}: OpenAI's weights were trained with QuickGELU, and are wrong without. Say {base}-quickgelu.")
     if tuned:
-        state = {k.removeprefix("clip."): v for k, v in tuned.items() if k.startswith("clip.")}
+        state = towers(tuned)
         odd = model.load_state_dict(state, strict=False).unexpected_keys  # what was frozen is not in it
         if odd or not state:
             fail(f"--model {name}: {f'{odd[0]} is not of {base}' if odd else 'holds a head alone, no tower'}. Name another.")
@@ -121,6 +123,11 @@ def read_checkpoint(path):
         fail(f"--model {path}: no such file. Checkpoints lie in runs/…/checkpoints/.")
     except Exception:  # torch.load raises what it likes at a file that is not its own
         fail(f"--model {path}: not a checkpoint of finetune.py. Name another file, or a model of open_clip.")
+
+
+def towers(state):
+    """The state dict of clip.model in that of a checkpoint, which calls it "clip" beside the "head"."""
+    return {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
 
 
 def quick_gelu(model):
@@ -166,6 +173,8 @@ def freeze_stages(clip, stages):
     if not stages:
         return
     trunk = getattr(clip.model.visual, "trunk", None)
+    if clip.name.endswith(".pt"):  # the next checkpoint would not tell these stages, and its base has others
+        fail(f"--model {clip.name}: stages of a checkpoint cannot be frozen. Say --frozen-stages 0, or another --model.")
     if not all(hasattr(trunk, part) for part in ("conv_stem", "bn1", "blocks")):
         fail(f"{clip.name}: only towers of timm's EfficientNet family can be frozen by stages. Say --frozen-stages 0.")
     if not 0 < stages <= len(trunk.blocks):

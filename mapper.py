@@ -117,11 +117,6 @@ def main():
         return  # finetune, flyp and arf need no mapper
     dataset, run = data.prepare(args)
     targets = dataset.styles(args.source)
-    if not targets:
-        fail(
-            f"{dataset.name}: its domains are all called {dataset.phrases[args.source]!r}, so no text points from one to "
-            f"another. Leave out lads and ldfs, or give them phrases in {dataset.folder / 'dataset.json'} (see data.py)."
-        )
     clip = load_clip(args, dataset)
     row, z_all = cached_features(clip, dataset, args.source, run)
     everything = dataset.trainable(args.source)

@@ -91,11 +91,16 @@ def parse_method(text):
 
 
 def chosen(args):
-    """{name: Method} of --methods and --ablate; exits with status 2 at an unknown one, or one that --train cannot train."""
+    """{name: Method} of --methods and --ablate; sets args.train where --train does not.
+
+    Exits with status 2 at an unknown method, or one that --train cannot train.
+    """
     names = [*(args.methods or DEFAULT), *(ABLATIONS if args.ablate else ())]
     methods = {name: parse_method(name) for name in names}
-    if args.train in ("head", "prompt") and any(m.contrastive for m in methods.values()):
+    towers = any(m.contrastive for m in methods.values())
+    if args.train in ("head", "prompt") and towers:
         fail("flyp and arf train the towers. Say --train visual, or --train all.")
+    args.train = args.train or ("visual" if towers else "head")
     return methods
 
 

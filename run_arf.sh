@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
+[[ ! " $* " =~ \ (-h|--help)\  ]] || exec python3 finetune.py --help
 
 methods=(finetune flyp flyp+captions flyp+retrieved arf)
 case "${1-}" in imagenet | vlcs | terra_incognita) ;; *) methods+=(arf+ldfs) ;; esac  # LDFS wants domains with a style

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
+[[ ! " $* " =~ \ (-h|--help)\  ]] || exec python3 finetune.py --help
 
 [[ " $* " =~ \ --methods[\ =] ]] || set -- "$@" --methods finetune lads ldfs
 

@@ -65,7 +65,7 @@ def test_both_scripts_from_an_empty_disk(hub, script, tiny_clip, tiny_blip2, tmp
 
     done = script("run_ldfs.sh", "pacs", "photo", *options)
     assert "fetching flwrlabs/pacs" in done.stdout and "photo: 70 images" in done.stderr and "1670 are published" in done.stderr
-    assert "| ldfs |" in done.stdout and "CLIPood" in done.stdout and "not the paper's" in done.stdout
+    assert "| ldfs |" in done.stdout and "CLIPood" in done.stdout and "from another paper" in done.stdout
     assert len([*(tmp_path / "data/pacs").glob("*/*/*.png")]) == 280 and (tmp_path / "data/pacs/captions.jsonl").exists()
     done = script("run_arf.sh", "pacs", *options, "--same", 2, "--methods", "flyp", "arf+ldfs")  # the source is photo by itself
     assert "fetching pixparse/cc3m-wds" in done.stdout and "| arf+ldfs |" in done.stdout

@@ -20,6 +20,12 @@ def test_tables_are_what_the_command_prints(results):
     assert blocks and all(block.strip() in README for block in blocks)
 
 
+@pytest.mark.parametrize("name", evaluate.PUBLISHED)
+def test_published_numbers_stand_as_they_are_printed(name):
+    printed = evaluate.table([{"dataset": name, "metric": "", "split": ""}])
+    assert printed.count("|---") and printed.strip() in README
+
+
 def test_the_snippet_prints_what_it_says():
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
     out = io.StringIO()
