@@ -240,6 +240,14 @@ def test_known_sets_are_found_in_their_usual_capitalisations(tmp_path, capsys, n
     assert data.prepare(args)[0].folder == found.folder and args.source == source
 
 
+def test_of_folders_of_like_names_the_right_one_is_taken(tmp_path):
+    for folder in ("PACS_old", "pacs", "a/pacs_captions", "."):
+        (tmp_path / folder / "sketch").mkdir(parents=True)
+    assert data.locate("pacs", tmp_path) == tmp_path / "pacs"
+    assert data.locate("pacs", tmp_path / "a") == tmp_path / "a/pacs_captions"
+    assert data.locate("domainnet", tmp_path) is None  # for one folder called sketch
+
+
 def test_an_official_list_must_be_of_these_files(tmp_path, capsys):
     layout(tmp_path / "domainnet", data.DATASETS["domainnet"])
     (tmp_path / "domainnet/real_test.txt").write_text("real/Alarm_Clock/3.jpg 0\nreal/Alarm_Clock/4.jpg 0\n")

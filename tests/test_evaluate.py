@@ -176,3 +176,16 @@ def test_only_evaluate_reads_target_images(tiny_data, tiny_clip, tmp_path, monke
     monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *common])
     with pytest.raises(SystemExit):
         evaluate.main()
+
+
+def test_the_curve_is_of_the_weights_in_between_whatever_was_measured_since(tmp_path, capsys):
+    args = {"model": "m", "train": "visual", "init": "text", "schedule": {"epochs": 1, "batch_size": 2, "lr": 1}}
+    row = {"dataset": "tiny", "source": "photo", "split": "test", "metric": "accuracy", "seed": 0, "n": 1, "args": args}
+    rows = [
+        row | {"method": method, "domain": domain, "value": 50}
+        for method in ("zero-shot", "flyp", "flyp α=0.5") for domain in ("photo", "OOD mean")
+    ]
+    rows += [row | {"method": "finetune", "domain": "photo", "value": 50}]  # has no OOD mean
+    write(tmp_path / "run", *rows, row | {"method": "finetune", "domain": "photo", "value": 1, "args": args | {"train": "head"}})
+    evaluate.curve(tmp_path / "run")
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000

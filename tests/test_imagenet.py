@@ -90,6 +90,10 @@ def test_a_head_of_fewer_classes_is_a_masked_head():
     found = (z @ evaluate.restricted(head, names, own).T).argmax(1)
     assert [own[i] for i in found] == [names[i] for i in masked]
     assert evaluate.restricted(head, names, ["c1", "alarm clock"]) is None
+    twice = ["crane", "missile", "tank", "missile"]  # as ImageNet's 657 and 744: told apart by what stands before
+    assert torch.equal(evaluate.restricted(head[:4], twice, twice), head[:4])
+    assert torch.equal(evaluate.restricted(head[:4], twice, ["missile", "tank"]), head[1:3])
+    assert torch.equal(evaluate.restricted(head[:4], twice, ["tank", "missile"]), head[2:4])
 
 
 def test_zero_shot_head_is_open_clips(tiny_data, tiny_clip):
@@ -123,7 +127,8 @@ def test_finetuning_and_its_table(imagenet, tiny_clip, tmp_path, monkeypatch, ca
     cell = dict(zip(heads, flyp)), dict(zip(heads, ft))
     assert cell[0]["sketch"] == cell[0]["unseen ucf"] == cell[1]["objectnet"] == "not run"
     run = ("ID (imagenet)", "v2", "r", "objectnet", "unseen pets", "unseen mean", "OOD mean")
-    assert all(cell[0][d] != "not run" for d in run)
+    assert all(cell[0][d] != "not run" for d in run) and cell[1]["r"] != "not run"
+    assert cell[1]["OOD mean"] == "not run"  # ObjectNet is here, but not for it: the mean would be over other sets than flyp's
     assert "three later papers" in out and "| 82.7 " in out
 
     rows = (tmp_path / "run/results.jsonl").read_text()
@@ -131,3 +136,11 @@ def test_finetuning_and_its_table(imagenet, tiny_clip, tmp_path, monkeypatch, ca
     assert (n["imagenet"], n["v2"], n["r"], n["a"], n["OOD mean"], n["unseen mean"]) == (1000, 4, 4, 0, 10, 3)
     evaluate.main()
     assert (tmp_path / "run/results.jsonl").read_text() == rows
+
+
+def test_sets_to_be_tested_on_are_not_finetuned_on(imagenet, tmp_path, capsys):
+    for source in ("v2", "sketch"):
+        args = data.arguments("").parse_args(["imagenet", source, "--data", str(imagenet), "--run", str(tmp_path / "run")])
+        with pytest.raises(SystemExit) as stop:
+            data.prepare(args)
+        assert stop.value.code == 2 and "Finetune on another: imagenet" in capsys.readouterr().err
