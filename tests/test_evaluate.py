@@ -186,6 +186,7 @@ def test_the_curve_is_of_the_weights_in_between_whatever_was_measured_since(tmp_
         for method in ("zero-shot", "flyp", "flyp α=0.5") for domain in ("photo", "OOD mean")
     ]
     rows += [row | {"method": "finetune", "domain": "photo", "value": 50}]  # has no OOD mean
-    write(tmp_path / "run", *rows, row | {"method": "finetune", "domain": "photo", "value": 1, "args": args | {"train": "head"}})
+    rows += [row | {"method": "finetune", "domain": "photo", "value": 1, "args": args | {"train": "head"}}]
+    write(tmp_path / "run", *rows)
     evaluate.curve(tmp_path / "run")
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
