@@ -187,7 +187,7 @@ def load(name, root="data", captions=None):
         make_emoji("benchmark", root)
         folder = locate(name, root)
     if folder is None:
-        known = sorted({*DATASETS, *(f.parent.name for f in root.glob("*/dataset.json"))})
+        known = sorted({*DATASETS, "emoji", *(f.parent.name for f in root.glob("*/dataset.json"))})
         if name in DATASETS:
             wanted = ", ".join(("train", "val") if name == "imagenet" else DATASETS[name]["phrases"])
             fail(

@@ -73,7 +73,7 @@ def refusal(capsys, call):
 
 def test_bad_data_is_refused_by_name(tiny_data, tiny_clip, capsys):
     tiny = tiny_data / "tiny"
-    known = "Known: domainnet, imagenet, office_home, pacs, terra_incognita, tiny, vlcs."
+    known = "Known: domainnet, emoji, imagenet, office_home, pacs, terra_incognita, tiny, vlcs."
     assert known in refusal(capsys, lambda: data.load("pcas", tiny_data))
     said = refusal(capsys, lambda: data.load("pacs", tiny_data))
     assert "could not fetch flwrlabs/pacs" in said and f"{tiny_data}/pacs by hand" in said
