@@ -379,7 +379,7 @@ def curve(run):
     axes[0][0].legend(fontsize=8)
     seeds = len({row["seed"] for row in of_run})
     about = f"diamond: α = 0.5, dot: α = 1; mean of {seeds} seed{'s'[:seeds - 1]}"
-    figure.suptitle(f"From zero-shot to finetuned weights ({about})", fontsize=10)
+    figure.suptitle(f"From zero-shot to finetuned weights\n({about})", fontsize=10)
     figure.tight_layout()
     data.write_atomically(run / "curve.png", lambda part: figure.savefig(part, dpi=110, format="png"))
     pyplot.close(figure)
