@@ -286,8 +286,8 @@ def consistency(z_hat, labels, target, source):
 def figure4(args, dataset, run, clip, cached):
     """Append the measures above for each recipe, and draw the picture for seed 0."""
     recipes, picture, model = recipes_of(chosen(args)), {}, clip.fingerprint
-    targets = [domain for domain in dataset.styles(args.source) if domain in dataset.images and domain not in dataset.own]
-    if not recipes or not targets:
+    targets = [d for d in dataset.styles(args.source) if d in dataset.images and d not in dataset.own] if recipes else []
+    if not targets:
         print("no figure 4: no method synthesises features of a domain that is here")
         return
     for seed in range(args.seeds):

@@ -261,10 +261,18 @@ def test_an_official_list_must_be_of_these_files(tmp_path, capsys):
 
 
 def test_domains_without_a_style_have_no_mapper(tmp_path, tiny_clip, monkeypatch, capsys):
+    """… which is said before they are captioned, too; plain finetuning does without."""
+    import anchors
+    import evaluate
     import mapper
 
     layout(tmp_path / "vlcs", data.DATASETS["vlcs"])
-    monkeypatch.setattr("sys.argv", ["mapper.py", "vlcs", "--data", str(tmp_path), "--run", str(tmp_path / "r")])
-    with pytest.raises(SystemExit) as stop:
-        mapper.main()
-    assert stop.value.code == 2 and "all called 'a photo'" in capsys.readouterr().err
+    common = ["vlcs", "--data", str(tmp_path), "--run", str(tmp_path / "r"), "--model", tiny_clip, "--methods"]
+    for main, argv in ((mapper.main, ["mapper.py", *common, "lads"]), (anchors.main, ["anchors.py", "caption", *common, "ldfs"])):
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2 and "all called 'a photo'" in capsys.readouterr().err
+    evaluate.figure4(data.arguments("").parse_args([*common, "finetune"]), data.load("vlcs", tmp_path), None,
+                     load_clip(tiny_clip, data.load("vlcs", tmp_path)), None)
+    assert "no figure 4" in capsys.readouterr().out
