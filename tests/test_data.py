@@ -268,8 +268,8 @@ def test_domains_without_a_style_have_no_mapper(tmp_path, tiny_clip, monkeypatch
 
     layout(tmp_path / "vlcs", data.DATASETS["vlcs"])
     common = ["vlcs", "--data", str(tmp_path), "--run", str(tmp_path / "r"), "--model", tiny_clip, "--methods"]
-    for main, argv in ((mapper.main, ["mapper.py", *common, "lads"]), (anchors.main, ["anchors.py", "caption", *common, "ldfs"])):
-        monkeypatch.setattr("sys.argv", argv)
+    for main, argv in ((mapper.main, [*common, "lads"]), (anchors.main, ["caption", *common, "ldfs"])):
+        monkeypatch.setattr("sys.argv", ["python", *argv])
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == 2 and "all called 'a photo'" in capsys.readouterr().err
