@@ -385,13 +385,13 @@ def read_description(path):
         phrases, fractions = about["phrases"], about.get("fractions", FRACTIONS)
         whole = set(fractions) == set(FRACTIONS) and abs(sum(fractions.values()) - 1) < 1e-6
         filled = [t.format("x") for templates in about.get("templates", {}).values() for t in templates]
-        if len(phrases) >= 2 and whole and set(about.get("schedules", {})) <= {"head", "visual", "all"} and all(filled):
+        if len(phrases) >= 2 and whole and set(about.get("schedules", {})) <= {"head", "prompt", "visual", "all"} and all(filled):
             return about
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         pass
     fail(
         f"{path} does not describe a data set: it needs phrases of two domains or more; fractions of train, val and test "
-        "that make 1; schedules of head, visual, all; templates with {} for the class. The top of data.py shows one."
+        "that make 1; schedules of head, prompt, visual, all; templates with {} for the class. The top of data.py shows one."
     )
 
 

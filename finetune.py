@@ -66,7 +66,7 @@ class Context(nn.Module):
         text = getattr(clip.model, "text", clip.model)
         if not hasattr(text, "token_embedding"):
             fail(f"{clip.name}: its text tower is not open_clip's own, which --train prompt needs. Name another model.")
-        length = min(16, text.context_length - 8)
+        length = min(16, max(1, text.context_length - 8))
         start = 0.02 * torch.randn(length, text.token_embedding.embedding_dim, generator=generator)
         self.vectors = nn.Parameter(start.to(clip.device))
         self.tokens = clip.tokenizer([f"{'X ' * length}{name}." for name in names]).to(clip.device)  # the X give way to V
