@@ -385,7 +385,8 @@ def read_description(path):
         phrases, fractions = about["phrases"], about.get("fractions", FRACTIONS)
         whole = set(fractions) == set(FRACTIONS) and abs(sum(fractions.values()) - 1) < 1e-6
         filled = [t.format("x") for templates in about.get("templates", {}).values() for t in templates]
-        if len(phrases) >= 2 and whole and set(about.get("schedules", {})) <= {"head", "prompt", "visual", "all"} and all(filled):
+        known = set(about.get("schedules", {})) <= {"head", "prompt", "visual", "all"}
+        if len(phrases) >= 2 and whole and known and all(filled):
             return about
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         pass
