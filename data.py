@@ -205,7 +205,6 @@ def load(name, root="data", captions=None):
         captions = next((f for f in (folder / "captions.jsonl", root / f"{name}_captions.jsonl") if f.exists()), None)
     elif not Path(captions).is_file():
         fail(f'--captions {captions}: no such file. Each line of it is {{"path": "photo/dog/1.jpg", "caption": "…"}}.')
-    more, captions = {}, captions and Path(captions)
     if "shifted" in about:
         classes, names, images, about, more = read_imagenet(folder, about)
     else:
@@ -219,7 +218,7 @@ def load(name, root="data", captions=None):
         warn(f"{folder} has not the official lists {{domain}}_test.txt of all domains: those without are split at random")
     for domain, how_to in more.get("absent", {}).items():
         warn(f"{name}, {domain} will not be run: {how_to}")
-    return Dataset(name, folder, about["phrases"], classes, names, images, about, captions, **more)
+    return Dataset(name, folder, about["phrases"], classes, names, images, about, captions and Path(captions), **more)
 
 
 def make_emoji(stage, root):
@@ -450,8 +449,7 @@ def split(dataset, source, domain, part, seed):
         val = train + round(fractions["val"] * len(things))
         val = len(things) if dataset.official.get(source) else val
         part_of |= {(label, t): "train" if i < train else "val" if i < val else "test" for i, t in enumerate(things)}
-    chosen = dataset.trainable(domain) if domain == source else dataset.images[domain]
-    return [(path, y) for path, y in chosen if part_of.get((y, thing(path)), "test") == part]
+    return [(path, y) for path, y in dataset.trainable(domain) if part_of.get((y, thing(path)), "test") == part]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
