@@ -1,385 +1,333 @@
-"""ARF's anchors: captions of the finetuning images, and image-text pairs like those that CLIP was pretrained on.
+"""ARF's anchors: captions of the finetuning images, and pairs like those CLIP was pretrained on.
 
-    python anchors.py caption pacs photo                       # TCAG: captions.jsonl beside the data; LDFS reads it too
-    python anchors.py retrieve pacs photo --pool data/cc3m     # ITAR: runs/pacs-photo/retrieved/*.tar
-    python anchors.py caption,retrieve emoji 3d                # both
-    torchrun --nproc-per-node 8 -- anchors.py caption …        # the work is split over eight processes
+    python anchors.py caption pacs photo     # TCAG: captions.jsonl beside the images, for LDFS too
+    python anchors.py retrieve pacs photo    # ITAR: runs/pacs-photo/retrieved.jsonl
+    torchrun --nproc-per-node 8 -- anchors.py caption …       # the work is split over processes
 
-Both look at images of the source only (ITAR at all others, too, but only to keep them out of what it retrieves). Both can
-be killed at any moment and go on where they stopped.
+Both look at the source's images only (ITAR at others to keep them out of what it retrieves), and
+can be killed at any moment: they go on where they stopped.
 """
 
 import functools
 import hashlib
-import io
 import json
 import re
-import shutil
+import shlex
 import sys
-import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import fail
-from features import (
-    BROKEN,
-    cached_features,
-    encode_batch,
-    encode_head,
-    image_batches,
-    in_order,
-    load_clip,
-    open_image,
-    precision,
-    ranks,
-    read_member,
-    the_device,
-)
-from methods import chosen, recipes_of
+import features
+import utils
+from config import flags, parse
+from report import results
+from sets.hub import fetch_cc3m
+from sets.webdataset import read_shard
+from utils import fail, short_hash, write_atomically
 
-DEFAULT_CAPTIONER = "Salesforce/blip2-opt-2.7b"
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # TCAG: a caption for each image
 
 
 def load_captioner(name, device):
-    """(model, processor) of an image-to-text model on the Hugging Face hub, or saved in a folder.
-
-    Any that AutoModelForImageTextToText knows and that brings a processor: BLIP, BLIP-2, LLaVA's kind.
-    Exits with status 2 where it cannot be had, or is of another kind.
+    """(model, processor) of any image-to-text model that AutoModelForImageTextToText knows, on the
+    Hugging Face hub or in a folder; exits with status 2 where it cannot be had.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=precision(device)).to(device).eval()
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=features.precision(device))
         processor = AutoProcessor.from_pretrained(name)
-        processor.tokenizer.padding_side = "left"  # what is generated goes on from the prompt's last token
+        processor.tokenizer.padding_side = "left"  # what is generated goes on from the last token
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fail(
-            f"--captioner {name}: could not be loaded ({reason}). It is the name of an image-to-text model on the Hugging Face "
-            "hub, cached after the first time, or a folder that save_pretrained wrote."
-        )
-    return model, processor
+        reason = utils.first_line(error)
+        fail(f"--captioner {name}: could not be loaded ({reason}). Name another, or a folder.")
+    return model.to(device).eval(), processor
 
 
 @torch.no_grad()
 def caption_images(model, processor, images, prompt="", beams=5, max_tokens=30):
-    """One string for each PIL image: what the model says of it, without the prompt. "" where it says nothing.
+    """What the model says of each PIL image, without the prompt: B strings, "" where nothing.
 
-    CHOICE: one caption an image by beam search, no hint of the class; alternative: several sampled ones, a prompt.
+    CHOICE: one caption an image by beam search, no hint of the class; alternative: several sampled
+    ones, a prompt.
     """
     text = prompt
-    if getattr(processor, "chat_template", None):  # LLaVA's kind wants its own words around image and prompt
+    if getattr(processor, "chat_template", None):  # LLaVA's kind wants its own words around both
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=images, text=[text] * len(images), padding=True, return_tensors="pt")
+        chat = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    texts = [text] * len(images)
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
-    said = model.generate(**inputs, num_beams=beams, max_new_tokens=max_tokens, do_sample=False)
-    asked = inputs["input_ids"]
-    if said.shape[1] >= asked.shape[1] and torch.equal(said[:, :asked.shape[1]], asked):
-        said = said[:, asked.shape[1]:]  # a decoder-only language model (OPT) returns the prompt, too
-    return [c.strip().removeprefix(prompt).strip() for c in processor.batch_decode(said, skip_special_tokens=True)]
+    out = model.generate(**inputs, num_beams=beams, max_new_tokens=max_tokens, do_sample=False)
+    asked = inputs["input_ids"]                                                     # (B, L)
+    if out.shape[1] >= asked.shape[1] and torch.equal(out[:, :asked.shape[1]], asked):
+        out = out[:, asked.shape[1]:]  # a decoder-only language model (OPT) returns the prompt, too
+    captions = processor.batch_decode(out, skip_special_tokens=True)
+    return [caption.strip().removeprefix(prompt).strip() for caption in captions]
 
 
 def repeats_itself(caption):
-    """Whether words come three times in a row, as in "a cat a cat a cat": how beam search fails."""
+    """Whether words come three times in a row, "a cat a cat a cat": how beam search fails."""
     return re.search(r"\b(\w[\w ]*?)\b(?:,? \1\b){2}", caption) is not None
 
 
-def caption(args):
-    """Write a caption for every image of the source domain that has none from this captioner, or from somewhere else."""
-    if args.methods and not any(m.needs_captions for m in chosen(args).values()):
-        return  # no method asks for captions
-    dataset, _ = data.prepare(args, data.load(args.dataset, args.data))
-    if args.methods and recipes_of(chosen(args)):
-        dataset.styles(args.source)  # before hours of captions that no mapper could use
-    path = Path(args.captions) if args.captions else dataset.captions or dataset.folder / "captions.jsonl"
-    rank, world = ranks()
-    name = args.captioner or dataset.about.get("captioner") or DEFAULT_CAPTIONER
-    by = f"{name}, prompt {args.prompt!r}, beam {args.beams}, {args.max_tokens} tokens"
+def caption(config, dataset):
+    """Caption each image of the source that has no caption yet, or none by the captioner named."""
+    if not any(method.needs_captions for method in config.methods.values()):
+        return
+    path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
+    name = config.captioner or dataset.meta.captioner or "Salesforce/blip2-opt-2.7b"
+    by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
+    items, (rank, world) = dataset.trainable(config.source), utils.ranks()
 
-    def good(rows):  # people's captions (they have no "by") stay; another captioner's give way to one that was asked for
-        return {p: row for p, row in rows.items() if row["caption"] and (not args.captioner or row.get("by", by) == by)}
+    def stays(row):  # people's captions, which have no "by", always do
+        return row["caption"] and (not config.captioner or row.get("by", by) == by)
 
-    def parts():
-        return sorted(path.parent.glob(f".{path.name}.part*"))
-
-    finished = good(data.read_captions(path)) if path.exists() else {}
-    for part in parts():
-        finished |= good(read_part(part))
-    labels = dict(dataset.trainable(args.source))
-    todo = [p for p in list(labels)[rank::world] if p not in finished]
-    if world > 1:
-        torch.distributed.barrier()  # nobody writes before all have read
+    done = {image for image, row in read_rows(path)[0].items() if stays(row)}
+    todo = [item for item in items[rank::world] if item[0].path not in done]
     if todo:
-        device = the_device()
-        model, processor = load_captioner(name, device)
-        class_prompts = data.class_texts(dataset, args.source)
-        mine = path.with_name(f".{path.name}.part{rank}")
-        rows = read_part(mine) if mine.exists() else {}
-        try:
-            data.write_atomically(mine, lambda new: new.write_text(lines(rows.values())))  # less a line that a kill cut short
-        except OSError as error:
-            fail(f"{path}: captions cannot be written there ({error.strerror}). Name another file with --captions.")
-        with open(mine, "a") as file, tqdm(total=len(todo), desc="captions", unit="img", disable=rank > 0) as bar:
-            for i in range(0, len(todo), args.caption_batch):
-                batch = todo[i:i + args.caption_batch]
-                images = []
-                for p in batch:
-                    try:
-                        images.append(open_image(dataset.folder, p))
-                    except BROKEN:
-                        fail(f"{dataset.folder / p}: not a readable image. Replace or remove it; what is captioned is kept.")
-                texts = caption_images(model, processor, images, args.prompt, args.beams, args.max_tokens)
-                for p, text in zip(batch, texts):
-                    row = {"path": p, "caption": text, "by": by}
-                    if not text or repeats_itself(text):
-                        # CHOICE: the class prompt in place of a caption that says nothing; alternative: leave the image out
-                        row |= {"caption": class_prompts[labels[p]], "instead of": text}
-                    file.write(lines([row]))
-                file.flush()
-                bar.update(len(batch))
-    if world > 1:
-        torch.distributed.barrier()
-    if rank == 0:
-        before = data.read_captions(path) if path.exists() else {}
-        rows = before | {p: row for part in parts() for p, row in good(read_part(part)).items()}
-        if rows != before:
-            data.write_atomically(path, lambda new: new.write_text(lines(rows[p] for p in sorted(rows))))
-        for part in parts():
-            part.unlink()
-        of_source = [rows[p] for p in labels]
-        fallen = [row["instead of"] for row in of_source if "instead of" in row]
-        others = sum("by" not in row for row in of_source)
-        print(
-            f"{path}: {len(labels)} captions of {args.source}, {len({row['caption'] for row in of_source})} different; "
-            f"{others} not by a captioner; the class prompt instead of {sum(not f for f in fallen)} that were empty and "
-            f"{sum(map(bool, fallen))} that repeated themselves"
-        )
-    if world > 1:
-        torch.distributed.barrier()  # from here on the file is there for all
+        part = path.with_name(f".{path.name}.part{time.time_ns()}-{rank}")
+        write_captions(config, todo, data.class_texts(dataset, config.source), name, by, part)
+    utils.barrier()
+    if rank > 0:
+        return
+    merged, parts = read_rows(path)
+    if parts:
+        write_lines(path, [merged[image] for image in sorted(merged)])
+    for part in parts:
+        part.unlink()
+    rows = [merged[location.path] for location, _ in items]
+    print(
+        f"{path}: {len(rows)} captions, {len({row['caption'] for row in rows})} different, "
+        f"{sum('by' not in row for row in rows)} not by a captioner; the class prompt instead of "
+        f"{sum('instead of' in row for row in rows)} that were empty or repeated themselves"
+    )
+    default, decoding = flags("").get_default, ("prompt", "beams", "max_tokens")
+    others = sum(row.get("by") != by for row in rows)
+    if others and any(getattr(config, flag) != default(flag) for flag in decoding):
+        utils.warn(f"{others} captions were there already, not by --prompt, --beams, --max-tokens")
 
 
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def write_captions(config, items, class_prompts, name, by, part):
+    """Caption `items` with the captioner `name`, a line each in the file `part`."""
+    write_atomically(part, Path.touch)  # fails in one line where nothing can be written
+    model, processor = load_captioner(name, utils.the_device())
+    decoding = config.prompt, config.beams, config.max_tokens
+    with part.open("a", buffering=1) as file:  # line by line
+        batches = features.in_order(len(items), config.caption_batch)
+        for rows in tqdm(batches, desc="captions", disable=utils.ranks()[0] > 0):
+            batch, images = [items[row] for row in rows], []
+            for location, _ in batch:
+                try:
+                    images.append(location.open())
+                except data.UNREADABLE:
+                    fail(f"{location}: not a readable image. Replace or remove it.")
+            texts = caption_images(model, processor, images, *decoding)
+            for (location, label), text in zip(batch, texts):
+                row = {"path": location.path, "caption": text, "by": by}
+                if not text or repeats_itself(text):
+                    # CHOICE: the class prompt in place of a caption that says nothing;
+                    # alternative: leave the image out
+                    row |= {"caption": class_prompts[label], "instead of": text}
+                file.write(json.dumps(row) + "\n")
 
 
-def read_part(path):
-    """{image path: row} of a file that a killed run may have left with half a line at its end."""
-    whole = path.read_text().rpartition("\n")[0]
-    return {row["path"]: row for row in map(json.loads, whole.splitlines())}
+def read_rows(path):
+    """{image path: row} of a captions.jsonl and of what processes wrote beside it; these files."""
+    rows = data.read_captions(path) if path.exists() else {}
+    parts = sorted(path.parent.glob(f".{path.name}.part*"))  # the earliest first
+    for part in parts:
+        whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
+        rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
+    return rows, parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def write_lines(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda new: new.write_text(text))
+
+
+# -------------------------------------------------------------------------------------------------
 # ITAR: image-text pairs from a pool
 
 
-def asks_for_pairs(args):
-    """Whether one of --methods takes retrieved pairs, or none is named."""
-    return not args.methods or any(m.retrieved for m in chosen(args).values())
+def make_pool(config, meta):
+    """Locations of the pool's shards; the pool is made where the data set says how."""
+    name = meta.pool or "cc3m"
+    pool = Path(config.pool or config.data / name).absolute()
+    if not any(pool.glob("*.tar")):
+        if pool.name == name and meta.pool_made_by:
+            utils.only_one_process(pool)
+            utils.run_command(f"{meta.pool_made_by} --data {shlex.quote(str(pool.parent))}")
+        elif pool.name == "cc3m":
+            fetch_cc3m(pool)
+        else:
+            fail(f"--pool {pool}: no webdataset shards there (0.tar with KEY.jpg, KEY.txt).")
+    return [data.Location("", str(shard)) for shard in sorted(pool.glob("*.tar"))]
 
 
-def make_pool(args, dataset):
-    """The folder of the pool, made where this repository knows how: CC3M from the hub, that of the emoji benchmark.
-
-    Exits with status 2 where it does not.
+@torch.no_grad()
+def embed(clip, shard, folder):
+    """Features of a shard's images, computed once and cached in `folder`: {"z": (n, d), "rows": n
+    indices into what read_shard gives, "damaged": [name]}.
     """
-    pool = Path(args.pool or dataset.folder.parent / dataset.about.get("pool", "cc3m"))
-    if any(pool.glob("*.tar")):
-        return pool
-    if pool.name == "cc3m":
-        data.fetch_cc3m(pool)
-    elif pool.name == "emoji_pool":
-        data.make_emoji("pool", pool.parent)
-    else:
-        fail(
-            f"--pool {pool}: no webdataset shards there (00000.tar with KEY.jpg, KEY.txt). Name another folder; or none, "
-            "and CC3M is fetched."
-        )
-    return pool
-
-
-def embed(clip, shard, out):
-    """Features of the images of one shard, written to `out` once: {"keys", "z" (n, d) fp16, "bad"}, in the shard's order."""
-    if out.exists():
-        return
-    pairs, bad = data.read_shard(shard)
-    unreadable, features, rows = [], [], []
-    items = [(where, i) for i, (_, where, _, _) in enumerate(pairs)]
-    batches = in_order(len(items), 256)
-    for images, labels in image_batches(shard.parent, items, clip.preprocess, batches, clip.device, unreadable):
-        features.append(encode_batch(clip, images).half().cpu())
-        rows += labels.tolist()
-    bad += [f"{shard.name}: {pairs[i][0]} (not a readable image)" for i in unreadable]
-    z = torch.cat(features) if features else torch.empty(0, 0, dtype=torch.float16)
-    state = {"keys": [pairs[i][0] for i in rows], "z": z, "bad": bad}
-    data.write_atomically(out, lambda part: torch.save(state, part))
+    path, key = Path(shard.path), short_hash(clip.fingerprint, features.stamps([(shard, 0)]))
+    cache = folder / f"pool-{path.stem}-{key}.pt"
+    if not cache.exists():
+        pairs, damaged = read_shard(path)
+        items, unreadable, z, rows = [(pair[1], row) for row, pair in enumerate(pairs)], [], [], []
+        load = items, clip.preprocess, features.in_order(len(items), 256), clip.device, unreadable
+        for images, labels in features.image_batches(*load):
+            z.append(clip.encode_image(images).half().cpu())
+            rows += labels.tolist()
+        damaged += [f"{path.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]
+        part = {"z": torch.cat(z) if z else torch.empty(0, 0), "rows": rows, "damaged": damaged}
+        write_atomically(cache, lambda new: torch.save(part, new))
+    part = torch.load(cache)
+    return {**part, "z": F.normalize(part["z"].float(), dim=-1)}  # fp16 has rounded the lengths
 
 
 def search(queries, parts, k):
-    """Scores and ids, both (Q, k), of the k rows of the pool nearest to each query, exactly; ids count through all parts.
+    """Scores and ids, both (Q, k), of the k rows of the pool nearest to each query, exactly.
 
-    queries: (Q, d), unit norm. parts: (n, d) float32 tensors, unit norm, one after another, so that a pool larger than memory
-    can be searched; each is searched with FAISS's IndexFlatIP, and the best of all parts are kept. k is cut to the pool's size.
+    queries: (Q, d), unit norm. parts: (n, d), likewise, one after another, so that a pool larger
+    than memory can be searched; ids count through all of them. k is cut to the pool's size.
     """
     import faiss
 
-    scores, ids, seen = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long), 0
-    for z in parts:
-        if len(z):
+    scores, ids = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    start = 0
+    for z in (z for part in parts for z in part.split(50_000) if len(z)):
+        if len(queries) < 500:  # up to here twice as fast as FAISS, from there on slower
+            found, rows = (queries @ z.T).topk(min(k, len(z)))
+        else:
             index = faiss.IndexFlatIP(z.shape[1])
             index.add(z.numpy())
-            found = index.search(queries.numpy(), min(k, len(z)))
-            scores = torch.cat([scores, torch.from_numpy(found[0])], 1)
-            ids = torch.cat([ids, torch.from_numpy(found[1]) + seen], 1)
-            best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-            scores, ids = scores.gather(1, best), ids.gather(1, best)
-        seen += len(z)
+            found, rows = map(torch.from_numpy, index.search(queries.numpy(), min(k, len(z))))
+        scores, order = torch.cat([scores, found], 1).sort(dim=1, descending=True, stable=True)
+        ids = torch.cat([ids, rows + start], 1).gather(1, order)
+        scores, ids, start = scores[:, :k], ids[:, :k], start + len(z)
     return scores, ids
 
 
-def retrieve(args):
-    """Embed the pool, search it, and write runs/…/retrieved/*.tar: the pairs nearest to the source's images or classes."""
-    if not asks_for_pairs(args):
+def retrieve(config, dataset):
+    """Embed the pool, search it, and write the pairs nearest to the source's images or classes."""
+    if not any(method.retrieved for method in config.methods.values()):
         return
-    dataset, run = data.prepare(args, data.load(args.dataset, args.data))
-    pool = make_pool(args, dataset)
-    shards = sorted(pool.glob("*.tar"))
-    rank, world = ranks()
-    clip = load_clip(args, dataset)
-    cached = {}  # shard: its features' file, whose name hangs on the model and the shard
-    for shard in shards:
-        stat = shard.stat()
-        key = repr((clip.fingerprint, str(shard.resolve()), stat.st_size, stat.st_mtime_ns))
-        cached[shard] = run.parent / ".features" / f"pool-{pool.name}-{shard.stem}-{data.sha(key)}.pt"
-    for shard in tqdm(shards[rank::world], desc=f"encoding {pool.name}", unit="shard", disable=rank > 0):
-        embed(clip, shard, cached[shard])
-    if world > 1:
-        torch.distributed.barrier()
+    shards, (rank, world) = make_pool(config, dataset.meta), utils.ranks()
+    clip, cache = features.load_clip(config), config.run.parent / ".features"
+    for shard in tqdm(shards[rank::world], desc="encoding the pool", disable=rank > 0):
+        embed(clip, shard, cache)
+    utils.barrier()
     if rank > 0:
         return
-
-    # CHOICE: image→image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the class prompts; a larger --k
-    if args.query == "image":
-        row, z = cached_features(clip, dataset, args.source, run)
-        names = [path for path, _ in dataset.trainable(args.source)]
-        z = z[[row[path] for path in names]]
+    sets = [tested for tested in (dataset, data.load_unseen(dataset)) if tested]
+    bench = [
+        features.cached_features(clip, tested, domain, config.run)(items)
+        for tested in sets for domain, items in tested.images.items()
+    ]
+    # CHOICE: image→image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the
+    # class prompts; a larger --k
+    if config.query == "image":
+        items = dataset.trainable(config.source)
+        names = [location.path for location, _ in items]
+        queries = features.cached_features(clip, dataset, config.source, config.run)(items)
     else:
-        names, z = dataset.classes, encode_head(clip, data.prompts(dataset, args.source))
-    tested = [one for one in (dataset, data.load_unseen(dataset)) if one]
-    bench = [cached_features(clip, one, domain, run)[1] for one in tested for domain in one.images]
-    final, parts = run / "retrieved", [path.name for path in cached.values()]
-    made_of = data.sha(repr((parts, args.k, args.same, names, data.digest([z, *bench]))))
-    if (final / "made_of.json").exists() and json.loads((final / "made_of.json").read_text())["made_of"] == made_of:
-        print(f"{final} is there already")
-        return
+        names, prompts = dataset.classes, data.prompt_templates(dataset, config.source)
+        queries = features.zero_shot_head(clip, *prompts)
+    pool = features.stamps([(shard, 0) for shard in shards])
+    inputs = clip.fingerprint, pool, names, config.k, config.same
+    config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
+    if path.exists() and config_hash in path.open().readline():
+        return print(f"{path} is there already")
 
-    def load(shard):
-        part = torch.load(cached[shard])
-        return {**part, "z": torch.nn.functional.normalize(part["z"].float(), dim=-1)}  # fp16 has rounded the lengths
-
-    bar = tqdm(shards, desc=f"searching {pool.name}", unit="shard")
-    scores, ids = search(z, (load(shard)["z"] for shard in bar), args.k)
-    wanted = {}  # id in the pool: {query: score}
+    scores, ids = search(queries, (embed(clip, shard, cache)["z"] for shard in shards), config.k)
+    found = {}  # id in the pool: {query: score}
     for name, some_scores, some_ids in zip(names, scores.tolist(), ids.tolist()):
         for score, i in zip(some_scores, some_ids):
-            wanted.setdefault(i, {})[name] = round(score, 4)
-
-    dropped, bad, start, pairs = Counter(), [], 0, {}  # pairs: {hash of the image: (name, where, text, about)}
-    for shard in tqdm(shards, desc="choosing", unit="shard"):
-        part = load(shard)
-        bad += part["bad"]
-        here = [i for i in range(start, start + len(part["keys"])) if i in wanted]
-        if here:
-            of_shard = {key: rest for key, *rest in data.read_shard(shard)[0]}
-            nearest = search(part["z"][[i - start for i in here]], bench, 1)[0][:, 0]
-            for i, closest in zip(here, nearest.tolist()):
-                key = part["keys"][i - start]
-                where, text, about = of_shard[key]
-                content = hashlib.sha256(read_member(where)).digest()
-                # CHOICE: a pair is a benchmark image at a cosine of 0.99 with one, and dropped without replacement;
-                # alternative: --same; hashes of pixels, which a new JPEG of the same picture escapes
-                if closest >= args.same:
-                    dropped["also a benchmark image"] += 1
-                elif content in pairs:
-                    dropped["found twice"] += 1
-                    queries = pairs[content][-1]["retrieved"]["queries"]
-                    queries |= {query: max(score, queries.get(query, -1)) for query, score in wanted[i].items()}
-                else:
-                    about = {**about, "retrieved": {"from": shard.name, "queries": wanted[i]}}
-                    pairs[content] = f"{shard.stem}-{key}", where, text, about
-        start += len(part["keys"])
-    counts = {"available": start, "damaged": len(bad), "retrieved": len(pairs), **dropped}
-    write_retrieved(final, [*pairs.values()], {"made_of": made_of, **counts})
-    data.append_results(run, args, [("retrieved", args.source, "train", name, n, start, 0) for name, n in counts.items()])
-    for name in bad:
-        print(f"damaged: {name}", file=sys.stderr)
+            found.setdefault(i, {})[name] = round(score, 4)
+    parts = ((shard, embed(clip, shard, cache)) for shard in shards)
+    pairs, counts = choose(found, parts, bench, config.same)
     said = ", ".join(f"{n} {name}" for name, n in counts.items())
-    print(f"{final}: {said} ({len(names)} queries by {args.query}, k = {args.k})")
+    if not pairs:
+        fail(f"the pool gives no pair to train on ({said}). Name another --pool, or a larger --k.")
+    shared = {"method": "retrieved", "domain": config.source, "split": "train"}
+    rows = [{"measure": name, "value": n, "n": counts["available"]} for name, n in counts.items()]
+    results.append(config, [shared | row for row in rows])
+    write_lines(path, [{"config_hash": config_hash, **counts}, *pairs])
+    print(f"{path}: {said} ({len(names)} queries by {config.query}, k = {config.k})")
 
 
-def write_retrieved(final, pairs, about, shard_size=10_000):
-    """Write (key, where the image is, text, json) as webdataset shards, and made_of.json, in the place of `final`."""
-    scratch = final.with_name(f".{final.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    for start in range(0, len(pairs), shard_size):
-        with tarfile.open(scratch / f"{start // shard_size:05d}.tar", "w") as tar:
-            for key, where, text, more in pairs[start:start + shard_size]:
-                image = read_member(where)
-                ending = {b"\x89PNG": ".png", b"RIFF": ".webp"}.get(image[:4], ".jpg")
-                for suffix, content in (ending, image), (".txt", text.encode()), (".json", json.dumps(more).encode()):
-                    info = tarfile.TarInfo(key + suffix)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    (scratch / "made_of.json").write_text(json.dumps(about, indent=1) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    scratch.rename(final)
+def choose(found, parts, bench, same):
+    """The pairs `found`, {id in the pool: {query: score}}, less benchmark images and duplicates, as
+    lines of retrieved.jsonl; and counts. bench: [(n, d)], features of what is tested on.
+    """
+    chosen, counts = {}, Counter(available=0, damaged=0, retrieved=0)  # chosen: {hash: line}
+    for shard, part in parts:
+        ids = range(counts["available"], counts["available"] + len(part["rows"]))
+        hits = [(row, found[i]) for row, i in enumerate(ids) if i in found]
+        nearest = search(part["z"][[row for row, _ in hits]], bench, 1)[0] if hits else ()
+        pairs = read_shard(Path(shard.path))[0] if hits else ()
+        for (row, queries), cosine in zip(hits, nearest):
+            _, location, text, extra = pairs[part["rows"][row]]
+            content = hashlib.sha256(location.read()).digest()
+            # CHOICE: a pair is a benchmark image at a cosine of 0.99 with one, and dropped without
+            # replacement; alternative: --same; hashes of pixels, which a new JPEG escapes
+            if cosine >= same:
+                counts["also a benchmark image"] += 1
+            elif content in chosen:
+                counts["found twice"] += 1
+                chosen[content]["queries"] |= queries
+            else:
+                place = {"path": location.file, "offset": location.offset, "size": location.size}
+                chosen[content] = {**place, "text": text, "queries": queries, "json": extra}
+        counts.update(available=len(ids), damaged=len(part["damaged"]))
+        for name in part["damaged"]:
+            utils.warn(f"damaged: {name}")
+    counts["retrieved"] = len(chosen)
+    return [*chosen.values()], counts
 
 
 @functools.cache
 def read_retrieved(run):
-    """[(where, text, {query: score})] of all pairs in run/retrieved; exits with status 2 where there are none."""
-    shards = sorted((run / "retrieved").glob("*.tar"))
-    if not shards:
-        fail(f"{run / 'retrieved'} holds no pairs. Retrieve them: python anchors.py retrieve DATASET SOURCE")
-    pairs = [pair for shard in shards for pair in data.read_shard(shard)[0]]
-    return [(where, text, about["retrieved"]["queries"]) for _, where, text, about in pairs]
+    """[(Location, text, {query: score})] of all retrieved pairs; fails where there are none."""
+    path = run / "retrieved.jsonl"
+    if not path.exists():
+        fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
+    _, *rows = map(json.loads, path.read_text().splitlines())
+    places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
+    return [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
 
 
 def load_retrieved(run, dataset, items):
-    """[(where, text)] of the pairs in run/retrieved that were found by one of the training images `items`, or by a class.
+    """[(Location, text)] of the pairs that one of the training images `items` found, or a class.
 
-    All images of the source are queries once; a seed's training takes what its own training images found, no more.
+    All the source's images are queries; a seed trains on what its own training images found.
     """
-    mine = {path for path, _ in items} | {*dataset.classes}
-    found = [(where, text) for where, text, queries in read_retrieved(run) if mine & {*queries}]
+    mine = {location.path for location, _ in items} | {*dataset.classes}
+    found = [(image, text) for image, text, queries in read_retrieved(run) if mine & {*queries}]
     if not found:
-        fail(f"{run / 'retrieved'} holds no pair that one of these training images found. Retrieve anew, with a larger --k.")
+        fail(f"{run / 'retrieved.jsonl'} has no pair for these images. Retrieve with a larger --k.")
     return found
 
 
 def main():
     stages = {"caption": caption, "retrieve": retrieve}
-    wanted = sys.argv[1].split(",") if len(sys.argv) > 1 else []
-    if not wanted or not {*wanted} <= {*stages}:
-        fail("say what to do: python anchors.py caption|retrieve|caption,retrieve DATASET SOURCE")
-    parser = data.arguments(__doc__)
-    parser.prog = f"anchors.py {sys.argv[1]}"
-    args = parser.parse_args(sys.argv[2:])
-    if "retrieve" in wanted and asks_for_pairs(args):
-        make_pool(args, data.load(args.dataset, args.data))  # before hours of captions
-    for stage in wanted:
-        stages[stage](args)
-    if ranks()[1] > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    stage, *argv = sys.argv[1:] or [None]
+    if stage not in stages:
+        fail("say what to do: python anchors.py caption|retrieve DATASET [SOURCE] [flags]")
+    if stage == "retrieve":  # ARF alone takes pairs: for its methods unless others are named
+        argv = ["--paper", "arf", *argv]
+    stages[stage](*parse(__doc__, argv))
+    utils.leave()
 
 
 if __name__ == "__main__":

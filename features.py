@@ -1,24 +1,24 @@
-"""CLIP, and what it makes of images and texts: load a model, encode, and cache the features of a data set."""
+"""CLIP, and what it makes of images and texts: load a model, encode, cache a data set's
+features.
+"""
 
-import datetime
-import difflib
-import io
+import functools
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import digest, fail, sha, write_atomically
-
-DEFAULT_MODEL = "ViT-B-16-quickgelu"  # both papers' backbone; OpenAI's weights were trained with QuickGELU
+from data import UNREADABLE
+from utils import fail, first_line, short_hash, the_device, write_atomically
 
 
 @dataclass
 class Clip:
-    """A CLIP model with what belongs to it. `preprocess` is for evaluation, `augment` for training images."""
+    """A CLIP model with what belongs to it: `preprocess` for evaluation, `augment` for training."""
 
     model: torch.nn.Module
     preprocess: object
@@ -26,20 +26,37 @@ class Clip:
     tokenizer: object
     device: torch.device
     name: str
-    base: tuple = ()  # (model name, tag of its weights) in open_clip's terms, also where `name` is a checkpoint
-    fingerprint: str = ""  # a hash of all that makes its features; see load_clip
-    front: torch.nn.Module | None = None  # the frozen stages that freeze_stages cut off, if any
+    base: tuple = ()       # (name, tag of its weights) in open_clip's terms, also of a checkpoint
+    fingerprint: str = ""  # a hash of all that makes its features
 
     @property
     def logit_scale(self):
-        """s = exp(logit_scale), the factor on cosines (about 100 in OpenAI's models), as a float."""
+        """s = exp(logit_scale), the factor on cosines (about 100 in OpenAI's models), as a
+        float.
+        """
         return self.model.logit_scale.exp().item()
+
+    def encode_image(self, images):
+        """z: (B, d) unit-norm float32 features of images (B, 3, H, W), with their gradient."""
+        with autocast(self.device):
+            z = self.model.encode_image(images.to(self.device), normalize=True)
+        return z.float()  # losses in float32: bfloat16 logits of 100 are steps of a half
+
+    def encode_text(self, tokens):
+        """t: (B, d), likewise, of tokens (B, L); texts that occur several times are encoded
+        once.
+        """
+        unique, back = tokens.unique(dim=0, return_inverse=True)
+        with autocast(self.device):
+            t = self.model.encode_text(unique.to(self.device), normalize=True)
+        return t.float()[back.to(self.device)]
 
 
 def precision(device):
     """The dtype that towers compute in: bfloat16 on a GPU that has it, float32 elsewhere.
 
-    Weights stay in float32: fp16 weights give NaN after an Adam step, and bfloat16 has the range that fp16 lacks.
+    Weights stay in float32: fp16 weights give NaN after an Adam step, and bfloat16 has fp32's
+    range.
     """
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
@@ -50,34 +67,22 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
-def load_clip(args, dataset):
-    """The Clip that --model and --pretrained name, in eval mode, on the GPU if there is one.
+def load_clip(config):
+    """The Clip of --model and --pretrained, in eval mode, on the GPU if there is one.
 
-    A name of open_clip's with a tag of weights, hf-hub:…, local-dir:PATH, or a checkpoint that finetune.py wrote.
-    Exits with status 2 when the name, the tag or the file does not exist, the weights cannot be had, or OpenAI's would run
-    with another activation than theirs.
+    A name of open_clip's with a tag of weights, hf-hub:…, local-dir:PATH, or finetune.py's
+    checkpoint. Exits with status 2 when it cannot be had, or when OpenAI's weights would run with
+    another activation than theirs.
     """
     import open_clip  # here, for it takes seconds, and what needs no CLIP need not wait
 
-    name, pretrained = args.model or dataset.about.get("model") or DEFAULT_MODEL, args.pretrained
-    base, tuned = name, None
-    if name.endswith(".pt"):
-        base, pretrained, tuned = read_checkpoint(name)
-    if base.startswith("local-dir:"):
-        folder = Path(base.removeprefix("local-dir:"))
-        absent = [f for f in ("open_clip_config.json", "open_clip_model.safetensors") if not (folder / f).is_file()]
-        if absent:
-            fail(f"--model {base}: {folder / absent[0]} does not exist. A local-dir: model is a folder in open_clip's format.")
-    elif not base.startswith("hf-hub:"):
-        if base not in open_clip.list_models():
-            alike = difflib.get_close_matches(base, open_clip.list_models(), cutoff=0)
-            fail(f"--model {base}: open_clip knows no such model. Nearest names: {', '.join(alike)}.")
-        tags = open_clip.list_pretrained_tags_by_model(base)
-        if pretrained not in tags and not Path(pretrained).is_file():
-            fail(f"--pretrained {pretrained}: no such weights of {base}. There are: {', '.join(tags) or 'none'}.")
+    base, pretrained, tuned = config.model, config.pretrained, None
+    if base.endswith(".pt"):
+        base, pretrained, tuned = read_checkpoint(base)
     if base.startswith(("local-dir:", "hf-hub:")):
         pretrained = None  # they bring their own
     device = the_device()
+    logging.disable(logging.ERROR)  # what open_clip logs, it raises as well
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
             base, pretrained, device=device, require_pretrained=True,
@@ -85,176 +90,93 @@ def load_clip(args, dataset):
         )
         tokenizer = open_clip.get_tokenizer(base)
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if base.startswith("local-dir:"):
-            fail(f"could not load {base} ({reason}). Check its open_clip_config.json and weights, or copy it again.")
         fail(
-            f"could not load {base} ({reason}). It comes from the Hugging Face hub{whence(base, pretrained)} and is cached "
-            "after the first time: run once with a network, or name a folder with --model local-dir:PATH."
+            f"--model {base}: could not load it ({first_line(error)[:400]}). Name another; or, if "
+            "the Hugging Face hub has it, run once with a network: then it is cached."
         )
+    logging.disable(logging.NOTSET)
     # a tag, a file or, in the hub's cache, a folder above it tells whose weights they are
-    if pretrained and "openai" in "/".join(Path(pretrained).parts[-4:]).lower() and not quick_gelu(model):
-        fail(f"--model {base}: OpenAI's weights were trained with QuickGELU, and are wrong without. Say {base}-quickgelu.")
-    if tuned:
-        state = towers(tuned)
-        odd = model.load_state_dict(state, strict=False).unexpected_keys  # what was frozen is not in it
-        if odd or not state:
-            fail(f"--model {name}: {f'{odd[0]} is not of {base}' if odd else 'holds a head alone, no tower'}. Name another.")
-    if device.type == "cuda":
-        reason = "autocast; weights float32" if precision(device) == torch.bfloat16 else "it has no bfloat16"
-        print(f"device: {torch.cuda.get_device_name()}, {str(precision(device)).removeprefix('torch.')} ({reason})")
-    else:
-        print("device: cpu, float32 (no CUDA GPU here)")
-    # Frozen until finetune.py says otherwise: PyTorch's attention rounds differently where a weight wants a gradient.
-    # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has batch normalisation a
-    # few hundred images of one domain would overwrite its statistics; alternative: train mode.
-    model.to(memory_format=torch.channels_last)  # depthwise convolutions are twice as fast so on a CPU
-    clip = Clip(model.eval().requires_grad_(False), preprocess, augment, tokenizer, device, name, (base, pretrained))
+    openai = pretrained and "openai" in "/".join(Path(pretrained).parts[-4:]).lower()
+    if openai and not any(isinstance(m, open_clip.transformer.QuickGELU) for m in model.modules()):
+        fail(f"--model {base}: OpenAI's weights want QuickGELU. Say {base}-quickgelu.")
+    if tuned is not None:
+        if not tuned or model.load_state_dict(tuned, strict=False).unexpected_keys:
+            fail(f"--model {config.model}: it does not hold {base}'s towers. Name another.")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(f"device: {name}, {str(precision(device)).removeprefix('torch.')}, weights float32")
+    # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has
+    # batch normalisation a few hundred images of one domain would overwrite its statistics;
+    # alternative: train mode.
+    model.to(memory_format=torch.channels_last)  # depthwise convolutions take half the time so
+    # frozen until finetune.py says otherwise: PyTorch's attention rounds differently with gradients
+    model.eval().requires_grad_(False)
+    parts = model, preprocess, augment, tokenizer, device, config.model, (base, pretrained)
+    clip = Clip(*parts)
     clip.fingerprint = fingerprint(clip)
     return clip
 
 
+def fingerprint(clip):
+    """A hash of the model: its name, architecture, weights, preprocessing and precision."""
+    weights, how = [*clip.model.state_dict().values()], precision(clip.device)
+    return short_hash(clip.name, str(clip.model), weights, str(clip.preprocess), str(how))
+
+
 def read_checkpoint(path):
-    """(model name, tag of its weights, state dict) of a checkpoint of finetune.py; exits with status 2 at any other file."""
+    """(model name, tag of its weights, state dict of its towers) of a checkpoint of finetune.py."""
     try:
         state = torch.load(path, map_location="cpu")
-        return *state["base"], state["modules"]
+        return *state["base"], towers_of(state["modules"])
     except FileNotFoundError:
         fail(f"--model {path}: no such file. Checkpoints lie in runs/…/checkpoints/.")
     except Exception:  # torch.load raises what it likes at a file that is not its own
-        fail(f"--model {path}: not a checkpoint of finetune.py. Name another file, or a model of open_clip.")
+        fail(f"--model {path}: not a checkpoint of finetune.py. Name another file, or a model.")
 
 
-def towers(state):
-    """The state dict of clip.model in that of a checkpoint, which calls it "clip" beside the "head"."""
+def towers_of(state):
+    """The state of clip.model in that of a checkpoint, which calls it "clip" beside the "head"."""
     return {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
 
 
-def quick_gelu(model):
-    """Whether a model's towers compute with QuickGELU, OpenAI's approximation x · sigmoid(1.702 x)."""
-    from open_clip.transformer import QuickGELU
-
-    return any(isinstance(module, QuickGELU) for module in model.modules())
-
-
-def whence(name, pretrained):
-    """", timm/vit_base_patch16_clip_224.openai," or the like: the repository that open_clip gets a model from; or ""."""
-    from open_clip import get_pretrained_cfg
-
-    repository = get_pretrained_cfg(name, pretrained).get("hf_hub", "").rstrip("/") if pretrained else name.split(":")[-1]
-    return repository and f", {repository},"
-
-
-def ranks():
-    """(rank, number of processes) under torchrun, whose process group is joined at the first call; (0, 1) without it."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not torch.distributed.is_initialized():
-        the_device()  # each process its own, before they meet
-        # they meet after work of uneven length (captions of a whole data set): wait for each other for a week
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    return int(os.environ.get("RANK", 0)), world
-
-
-def the_device():
-    """This process's GPU where there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def freeze_stages(clip, stages):
-    """Cut the first `stages` stages off the image tower: they become clip.front, and clip.model takes their output.
-
-    They are never trained, so what they make of an image need be computed once (`front_features`): on a CPU they are most
-    of the work. For towers of timm's EfficientNet family; exits with status 2 at any other, or at too many stages.
-    """
-    if not stages:
-        return
-    trunk = getattr(clip.model.visual, "trunk", None)
-    if clip.name.endswith(".pt"):  # the next checkpoint would not tell these stages, and its base has others
-        fail(f"--model {clip.name}: stages of a checkpoint cannot be frozen. Say --frozen-stages 0, or another --model.")
-    if not all(hasattr(trunk, part) for part in ("conv_stem", "bn1", "blocks")):
-        fail(f"{clip.name}: only towers of timm's EfficientNet family can be frozen by stages. Say --frozen-stages 0.")
-    if not 0 < stages <= len(trunk.blocks):
-        fail(f"{clip.name}: cannot freeze {stages} stages of {len(trunk.blocks)}. Say another --frozen-stages.")
-    clip.front = torch.nn.Sequential(trunk.conv_stem, trunk.bn1, *trunk.blocks[:stages])
-    trunk.conv_stem = trunk.bn1 = torch.nn.Identity()
-    for i in range(stages):
-        trunk.blocks[i] = torch.nn.Identity()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Encode
 
 
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises at broken files
-
-
-def open_image(folder, where):
-    """RGB image of `where`: a path relative to `folder`, or (path of a tar, offset, size) of a member of an archive.
-
-    (path of a tar, offset, size, border): without that many pixels at each side.
-    """
-    file = folder / where if isinstance(where, str) else io.BytesIO(read_member(where))
-    with Image.open(file) as image:
-        image = image.convert("RGB")
-    return ImageOps.crop(image, where[3]) if len(where) == 4 and not isinstance(where, str) else image
-
-
-def read_member(where):
-    """The bytes of one member of an archive, `where` = (path of a tar, offset, size, …)."""
-    tar, offset, size = where[:3]
-    with open(tar, "rb") as archive:
-        archive.seek(offset)
-        return archive.read(size)
-
-
 class Images(torch.utils.data.Dataset):
-    """(image tensor, label) for each of `items`, a list of (where, label); see open_image for `where`."""
+    """(image tensor or None where it cannot be read, index) of items [(Location, label)]."""
 
-    def __init__(self, folder, items, transform):
-        self.folder, self.items, self.transform = folder, items, transform
+    def __init__(self, items, transform):
+        self.items, self.transform = items, transform
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
-        where, label = self.items[i]
         try:
-            return self.transform(open_image(self.folder, where)), label
-        except BROKEN:
-            return None, label  # a worker process cannot stop the program with a clear line: the main one will
+            return self.transform(self.items[i][0].open()), i
+        except UNREADABLE:
+            return None, i  # a worker process cannot stop the program with a clear line
 
 
-def collate(batch):
-    """Images (B, C, H, W) or None, their labels (B,), and the labels of images that could not be read."""
-    good = [(image, label) for image, label in batch if image is not None]
-    images, labels = torch.utils.data.default_collate(good) if good else (None, None)
-    return images, labels, [label for image, label in batch if image is None]
+def image_batches(items, transform, batches, device, unreadable=None):
+    """Yield (images (B, 3, H, W), labels (B,)) on `device` for `batches` of indices into `items`.
 
-
-def image_batches(folder, items, transform, batches, device, unreadable=None):
-    """Yield (images (B, 3, H, W), labels (B,)) on `device` for each of `batches`, lists of indices into `items`.
-
-    At an unreadable image it exits with status 2, naming it; or, given a list `unreadable`, adds its label to that and goes on.
+    At an unreadable image it exits with status 2, naming it; or, given a list, adds its label.
     """
     gpu = device.type == "cuda"
+    workers = min(8, os.cpu_count()) if gpu else 0
     loader = torch.utils.data.DataLoader(
-        Images(folder, [(where, i) for i, (where, _) in enumerate(items)], transform), batch_sampler=batches,
-        collate_fn=collate, num_workers=min(8, os.cpu_count()) if gpu else 0, pin_memory=gpu,
+        Images(items, transform), batch_sampler=batches, collate_fn=list, num_workers=workers
     )
-    for images, rows, bad in loader:
+    for batch in loader:
+        bad = [items[i] for image, i in batch if image is None]
         if bad and unreadable is None:
-            where = items[bad[0]][0]
-            name = folder / where if isinstance(where, str) else f"{where[0]}, byte {where[1]}"
-            fail(f"{name}: not a readable image. Replace or remove it.")
+            fail(f"{bad[0][0]}: not a readable image. Replace or remove it.")
         if bad:
-            unreadable += [items[i][1] for i in bad]
-        if images is not None:
-            labels = torch.tensor([items[i][1] for i in rows.tolist()])
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            unreadable += [label for _, label in bad]
+        if good := [(image, items[i][1]) for image, i in batch if image is not None]:
+            images, labels = torch.utils.data.default_collate(good)
+            yield images.to(device), labels.to(device)
 
 
 def in_order(n, batch_size):
@@ -263,83 +185,61 @@ def in_order(n, batch_size):
 
 
 @torch.no_grad()
-def encode_images(clip, folder, items, batch_size=256, label="images"):
-    """z: (N, d) L2-normalised float32 features of `items` on the CPU, in their order."""
-    features = []
-    with tqdm(total=len(items), desc=f"encoding {label}", unit="img") as bar:
-        for images, _ in image_batches(folder, items, clip.preprocess, in_order(len(items), batch_size), clip.device):
-            if clip.front:
-                with autocast(clip.device):
-                    images = clip.front(images)
-            features.append(encode_batch(clip, images).cpu())
-            bar.update(len(images))
-    return torch.cat(features)
-
-
-@torch.no_grad()
-def encode_batch(clip, images):
-    """z: (B, d) L2-normalised float32 features of what clip.model takes: image tensors, or what clip.front makes of them."""
-    with autocast(clip.device):
-        z = clip.model.encode_image(images)
-    return torch.nn.functional.normalize(z.float(), dim=-1)
-
-
-@torch.no_grad()
-def front_features(clip, folder, items, transform, batch_size=128):
-    """What clip.front makes of `items`, in their order: (N, c, h, w) on the model's device."""
-    batches = image_batches(folder, items, transform, in_order(len(items), batch_size), clip.device)
-    with autocast(clip.device):
-        return torch.cat([clip.front(images) for images, _ in batches])
+def encode_images(clip, items, batch_size=256, label="images"):
+    """z: (N, d) unit-norm float32 features of items [(Location, label)], in order, on the CPU."""
+    batches = in_order(len(items), batch_size)
+    load = image_batches(items, clip.preprocess, batches, clip.device)
+    bar = tqdm(load, f"encoding {label}", len(batches), unit="batch", leave=False)
+    return torch.cat([clip.encode_image(images).cpu() for images, _ in bar])
 
 
 @torch.no_grad()
 def encode_texts(clip, texts, batch_size=1024):
-    """t: (N, d) L2-normalised float32 features of a list of strings on the CPU; each different string is encoded once."""
-    unique = sorted(set(texts))
-    features = []
-    for i in range(0, len(unique), batch_size):
-        with autocast(clip.device):
-            t = clip.model.encode_text(clip.tokenizer(unique[i:i + batch_size]).to(clip.device))
-        features.append(torch.nn.functional.normalize(t.float(), dim=-1).cpu())
-    row = {text: i for i, text in enumerate(unique)}
-    return torch.cat(features)[[row[t] for t in texts]]
+    """t: (N, d) unit-norm float32 features of strings, in order, on the CPU."""
+    batches = [texts[i:i + batch_size] for i in range(0, len(texts), batch_size)]
+    return torch.cat([clip.encode_text(clip.tokenizer(batch)).cpu() for batch in batches])
 
 
-def encode_head(clip, templates):
-    """T: (C, d), a zero-shot classifier: the mean over T templates of unit-norm text features, made unit norm again.
+def zero_shot_head(clip, classnames, templates):
+    """T: (C, d), the zero-shot classifier: the mean over templates of text features, unit norm.
 
-    templates: T lists of C strings, data.prompts. Source: CLIP (arXiv 2103.00020), 3.1.4.
+    templates: callables from a class name to a prompt. Source: CLIP (arXiv 2103.00020), 3.1.4.
     """
-    t = encode_texts(clip, [text for texts in templates for text in texts]).view(len(templates), len(templates[0]), -1)
-    return torch.nn.functional.normalize(t.mean(0), dim=-1)
+    from open_clip import build_zero_shot_classifier
+
+    with autocast(clip.device):
+        head = build_zero_shot_classifier(
+            clip.model, clip.tokenizer, classnames, templates, num_classes_per_batch=100,
+            device=clip.device,
+        )
+    return F.normalize(head.T.float(), dim=-1).cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Cache
 
 
-def fingerprint(clip):
-    """A hash of the model: its name, architecture, weights, preprocessing and precision."""
-    weights = digest(clip.model.state_dict().values())
-    what = (clip.name, str(clip.model), weights, str(clip.preprocess), str(precision(clip.device)))
-    return sha(repr(what))
+def stamps(items):
+    """What changes when an item does: its place, label, the file's size and time of change."""
+    stat = functools.cache(os.stat)
+    return [
+        (at.path, at.offset, label, stat(at.file).st_size, stat(at.file).st_mtime_ns)
+        for at, label in items
+    ]
 
 
 def cached_features(clip, dataset, domain, run):
-    """{where: row}, z (N, d): features of all images of one domain, kept beside the folder `run` for all runs.
+    """features_of(items) -> (N, d), for images of one domain; cached beside the folder `run`.
 
-    The key: the model's fingerprint, and the path, size and time of change of every image, or of the archive it is in.
+    The key: the model's fingerprint, and the place, size and time of change of every image's file.
     """
-    items, stats = dataset.images[domain], {}
-    for where, _ in items:
-        file = str(dataset.folder / where) if isinstance(where, str) else where[0]
-        if file not in stats:
-            stats[file] = (s := os.stat(file)).st_size, s.st_mtime_ns
-    key = sha(repr((clip.fingerprint, str(dataset.folder.resolve()), [where for where, _ in items], [*stats.values()])))
+    items = dataset.images[domain]
+    key = short_hash(clip.fingerprint, stamps(items))
     path = run.parent / ".features" / f"{dataset.name}-{domain}-{key}.pt"
     if path.exists():
         z = torch.load(path)
     else:
-        z = encode_images(clip, dataset.folder, items, label=f"{dataset.name} {domain}")
+        z = encode_images(clip, items, label=f"{dataset.name} {domain}")
         write_atomically(path, lambda part: torch.save(z, part))
-    return {where: row for row, (where, _) in enumerate(items)}, z
+    row = {location: i for i, (location, _) in enumerate(items)}
+    return lambda items: z[[row[location] for location, _ in items]]

@@ -1,11 +1,14 @@
-"""The losses of LDFS (arXiv 2405.02586) and ARF (arXiv 2404.06244), each a pure function that can be pasted alone.
+"""The losses of LDFS (arXiv 2405.02586) and ARF (arXiv 2404.06244), each a pure function that can
+be pasted alone.
 
-Paste a function together with the two imports below; nothing else is needed. Everything is a batch of B rows of
-L2-normalised CLIP features of length d, in float32 or float64, outside autocast (bfloat16 logits of 100 are steps of a
-half); every loss is a mean over the batch, without unit, with finite values and gradients for all finite input.
+Paste a function together with the two imports below; nothing else is needed. Everything is a batch
+of B rows of L2-normalised CLIP features of length d, in float32 or float64, outside autocast
+(bfloat16 logits of 100 are steps of a half); every loss is a mean over the batch, without unit,
+with finite values and gradients for all finite input.
 
-The equations are this project's reconstruction in the papers' letters: neither paper's equations could be had, nor is
-there public code. What the papers do not say is marked as a choice, with its alternative.
+The equations are this project's reconstruction in the papers' letters: neither paper's equations
+could be had, nor is there public code. What the papers do not say is marked as a choice, with its
+alternative.
 """
 
 import torch
@@ -13,32 +16,41 @@ import torch.nn.functional as F
 
 
 def local_adaptation(z, z_hat, text_source, text_target):
-    """L_ld = mean_i [ 1 − cos( ẑ_i − z_i,  t_i^k − t_i^s ) ], LDFS's instance-conditional local adaptation loss.
+    """L_ld = mean_i [ 1 − cos( ẑ_i − z_i,  t_i^k − t_i^s ) ], LDFS's instance-conditional local
+    adaptation loss.
 
-    z, z_hat: (B, d) image features, original and synthesised. text_source, text_target: (B, d) features of each image's
-    own caption in the words of the source and of the target domain. Returns a scalar in [0, 2].
-    With texts of the class in place of texts of the image, this is the global direction of LADS and StyleGAN-NADA.
+    z, z_hat: (B, d) image features, original and synthesised. text_source, text_target: (B, d)
+    features of each image's own caption in the words of the source and of the target domain.
+    Returns a scalar in [0, 2]. With texts of the class in place of texts of the image, this is the
+    global direction of LADS and StyleGAN-NADA.
     Source: LDFS, figures 2 and 3 (b).
     """
-    # The cosine of a zero-length shift (ẑ = z, say from a zero-initialised residual mapper) has no value. Norms count
-    # as at least eps, so it is 0 there; a larger eps than the usual 1e-8 keeps that point's gradient, 1/eps, bearable.
+    # The cosine of a zero-length shift (ẑ = z, say from a zero-initialised residual mapper) has no
+    # value. Norms count as at least eps, so it is 0 there; a larger eps than the usual 1e-8 keeps
+    # that point's gradient, 1/eps, bearable.
     return (1 - F.cosine_similarity(z_hat - z, text_target - text_source, dim=-1, eps=1e-4)).mean()
 
 
 def pairwise_relation(z, z_hat, form="angle"):
     """L_pair = mean_{i≠j} | ∠(ẑ_i, ẑ_j) − ∠(z_i, z_j) |, LDFS's pairwise relation regulariser.
 
-    z, z_hat: (B, d). form: "angle" in radians, or "cosine" for the difference of cosines, the cheaper and smoother one.
+    z, z_hat: (B, d). form: "angle" in radians, or "cosine" for the difference of cosines, the
+    cheaper and smoother one.
     Returns a scalar, 0 for a batch of one (it has no pair). Raises ValueError for any other form.
-    Source: LDFS, figure 2 ("aligns angles between original CLIP features and synthesized features").
-    CHOICE: absolute difference, averaged over all ordered pairs, so that a few large changes do not rule; alternative: square.
+    Source: LDFS, figure 2 ("aligns angles between original CLIP features and synthesized
+    features").
+    CHOICE: absolute difference, averaged over all ordered pairs, so that a few large changes do not
+    rule; alternative: square.
     """
     if form not in ("angle", "cosine"):
         raise ValueError(f'form is {form!r}, not "angle" or "cosine"')
-    z, z_hat = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (z, z_hat))
+    precise = torch.promote_types(z.dtype, torch.float32)
+    z, z_hat = F.normalize(z.to(precise), dim=-1), F.normalize(z_hat.to(precise), dim=-1)
     relation, relation_hat = z @ z.T, z_hat @ z_hat.T  # (B, B) cosines
-    if form == "angle":  # arccos has an infinite gradient at ±1, where equal features lie: stop just short of it
-        relation, relation_hat = (x.clamp(-1 + 1e-6, 1 - 1e-6).arccos() for x in (relation, relation_hat))
+    if form == "angle":
+        # arccos has an infinite gradient at ±1, where equal features lie: stop just short of it
+        relation = relation.clamp(-1 + 1e-6, 1 - 1e-6).arccos()
+        relation_hat = relation_hat.clamp(-1 + 1e-6, 1 - 1e-6).arccos()
     others = 1 - torch.eye(len(z), dtype=z.dtype, device=z.device)
     return ((relation_hat - relation).abs() * others).sum() / max(len(z) * (len(z) - 1), 1)
 
@@ -46,12 +58,17 @@ def pairwise_relation(z, z_hat, form="angle"):
 def stochastic_text(text, sigma, generator=None):
     """t~ = norm( t + σ ε ),  ε ~ N(0, I), LDFS's stochastic text feature augmentation.
 
-    text: (B, d) unit-norm text features. sigma: standard deviation per coordinate (the noise's length is about σ √d, so
-    σ = 0.02 at d = 512 is already half as long as the text). generator: torch.Generator on the device of `text`.
-    Call it once for the source text and once for the target text: the same ε would cancel in their difference.
+    text: (B, d) unit-norm text features. sigma: standard deviation per coordinate (the noise's
+    length is about σ √d, so σ = 0.02 at d = 512 is already half as long as the text). generator:
+    torch.Generator on the device of `text`.
+    Call it once for the source text and once for the target text: the same ε would cancel in their
+    difference.
     Source: LDFS, figure 2.
-    CHOICE: isotropic Gaussian, renormalised, the simplest there is; alternative: noise along measured style directions.
+    CHOICE: isotropic Gaussian, renormalised, the simplest there is; alternative: noise along
+    measured style directions.
     """
+    if sigma == 0:
+        return text
     noise = torch.randn(text.shape, generator=generator, dtype=text.dtype, device=text.device)
     return F.normalize(text + sigma * noise, dim=-1)
 
@@ -59,9 +76,11 @@ def stochastic_text(text, sigma, generator=None):
 def class_consistency(z_hat, class_text, labels, logit_scale):
     """L_cls = CE( s · ẑ Tᵀ, y ), which keeps the class readable in a synthesised feature.
 
-    z_hat: (B, d). class_text: T, (C, d), unit norm. labels: y, (B,) class indices. logit_scale: s, the factor itself
-    (100 in CLIP), not its logarithm. Also CLIP's classification loss on original features, with z in place of ẑ.
-    Source: LADS (Dunlap et al., ICLR 2023), where s = 1; LDFS's figures do not show it (see Recipe in mapper.py).
+    z_hat: (B, d). class_text: T, (C, d), unit norm. labels: y, (B,) class indices. logit_scale: s,
+    the factor itself (100 in CLIP), not its logarithm. Also CLIP's classification loss on original
+    features, with z in place of ẑ.
+    Source: LADS (Dunlap et al., ICLR 2023), where s = 1; LDFS's figures do not show it (see Recipe
+    in mapper.py).
     """
     return F.cross_entropy(logit_scale * z_hat @ class_text.T, labels)
 
@@ -69,8 +88,10 @@ def class_consistency(z_hat, class_text, labels, logit_scale):
 def clip_contrastive(image, text, logit_scale):
     """L_con = ½ [ CE( s · F Gᵀ, arange B ) + CE( s · G Fᵀ, arange B ) ], CLIP's contrastive loss.
 
-    image, text: F and G, (B, d), unit norm, row i of one belonging to row i of the other. logit_scale: s, the factor
-    itself. Equal to open_clip.ClipLoss. Source: CLIP (arXiv 2103.00020, figure 3); ARF uses it for all of its terms.
+    image, text: F and G, (B, d), unit norm, row i of one belonging to row i of the other.
+    logit_scale: s, the factor itself. Equal to open_clip.ClipLoss.
+    Source: CLIP (arXiv 2103.00020,
+    figure 3); ARF uses it for all of its terms.
     """
     targets = torch.arange(len(image), device=image.device)
     image_to_text = F.cross_entropy(logit_scale * image @ text.T, targets)

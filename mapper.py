@@ -1,8 +1,11 @@
-"""Step 1 of LDFS: mapper networks that turn features of source images into features of a domain known only by words.
+"""Step 1 of LDFS: networks that turn features of source images into features of a domain known only
+by words.
 
-    python mapper.py pacs photo --methods lads ldfs ldfs:sigma=0      # methods.py says what steers each
+    python mapper.py pacs photo --methods lads ldfs ldfs:sigma=0      # config.py says what steers
+    each
 
-No image of a target domain is read here. Each mapper is written to runs/…/mappers/ and left alone once it is there.
+No image of a target domain is read here. Each mapper is written to runs/…/mappers/, and left alone
+once it is there.
 """
 
 from dataclasses import asdict
@@ -13,17 +16,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import fail
-from features import cached_features, encode_head, encode_texts, load_clip
+from config import parse
+from features import cached_features, encode_texts, load_clip, zero_shot_head
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
-from methods import chosen, recipes_of
+from methods import recipes_of
+from report import results
+from utils import fail, short_hash, write_atomically
 
 
 class Mapper(nn.Module):
     """M_k: ẑ = norm( W₂ ReLU( W₁ z ) ), (B, d) -> (B, d), unit norm.
 
-    CHOICE: LADS's network, two linear layers of width 384 without a residual connection, so that the comparison is of
-    losses alone; alternative: z + M(z), which starts at ẑ = z.
+    CHOICE: LADS's network, two linear layers of width 384 without a residual connection, so that
+    the comparison is of losses alone; alternative: z + M(z), which starts at ẑ = z.
     """
 
     def __init__(self, dim, width=384):
@@ -34,52 +39,111 @@ class Mapper(nn.Module):
         return F.normalize(self.net(z), dim=-1)
 
 
-def train_mapper(z, labels, text_source, text_target, class_text, recipe, seed=0, steps=300, batch_size=128):
-    """Train one mapper; L_1 = L_ld + λ_pair L_pair + λ_cls L_cls.
+def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, generator):
+    """L_1 = L_ld + λ_pair L_pair + λ_cls L_cls, the loss of step 1 on one batch.
 
-    z: (N, d) features of the source's training images. labels: (N,). text_source, text_target: t_i^s and t_i^k, (N, d),
-    of each image's caption or class. class_text: (C, d) prompts of the classes. All unit norm, on one device.
-    Returns the Mapper, frozen, and a dict of what to look at (see `statistics`).
-    CHOICE: AdamW, cosine schedule, 300 steps of 128, lr 3e-3, weight decay 0.05 (both in the ranges LADS searches): enough
-    for L_1 on held-out source images to level off; alternative: LADS's 50 epochs, which on few images are too few.
+    z: (B, d). labels: (B,). text_source, text_target: t_i^s, t_i^k, (B, d), of each image's caption
+    or class. class_text: T, (C, d). All unit norm.
+    Source: LDFS, figure 2; the class term: LADS.
     """
+    z_hat = mapper(z)                                                                      # (B, d)
+    # ε is drawn for source and target on their own: a shared one would cancel in the difference
+    t_s = stochastic_text(text_source, recipe.sigma, generator)                            # (B, d)
+    t_k = stochastic_text(text_target, recipe.sigma, generator)                            # (B, d)
+    loss = local_adaptation(z, z_hat, t_s, t_k)
+    if recipe.pair:
+        loss = loss + recipe.pair * pairwise_relation(z, z_hat, recipe.form)
+    if recipe.cls:  # LADS's class loss has no logit scale
+        loss = loss + recipe.cls * class_consistency(z_hat, class_text, labels, logit_scale=1)
+    return loss
+
+
+def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_weight):
+    """L = ½ [ 1 − cos( M(z) − z, Δt ) ] + ½ CE( norm(M(z)) · Tᵀ, y ), the baseline as published.
+
+    The direction is that of the network's unnormalised output; class_weight: (C,), of the classes.
+    Source: LADS (Dunlap et al., ICLR 2023) and its public code.
+    """
+    output = mapper.net(z)                                                                 # (B, d)
+    direction = local_adaptation(z, output, text_source, text_target)
+    logits = F.normalize(output, dim=-1) @ class_text.T                                    # (B, C)
+    return (direction + F.cross_entropy(logits, labels, class_weight)) / 2
+
+
+def new_mapper(dim, seed, device):
+    """A Mapper whose start hangs on the seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        mapper = Mapper(z.shape[1]).to(z.device)
+        return Mapper(dim).to(device)
+
+
+def train_lads(train, val, class_text, seed=0, epochs=50, batch_size=256):
+    """Train LADS's mapper as its public code does: of 50 epochs at a constant rate the best stays.
+
+    train, val: (z, labels, text_source, text_target), as in `train_mapper`; the best is by val, or
+    by train where there is none. lr and weight decay: LADS searches; these are its base's.
+    """
+    mapper = new_mapper(train[0].shape[1], seed, train[0].device)
+    generator = torch.Generator(train[0].device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(mapper.parameters(), lr=0.005, weight_decay=0.05, eps=1e-6)
+    class_weight = 1 / train[1].bincount(minlength=len(class_text)).clamp(min=1)
+    judged, best, state = val if len(val[0]) else train, float("inf"), None
+    for _ in range(epochs):
+        order = torch.randperm(len(train[0]), generator=generator, device=train[0].device)
+        for i in order.split(batch_size):
+            loss = lads_loss(mapper, *(x[i] for x in train), class_text, class_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = lads_loss(mapper, *judged, class_text, class_weight).item()
+        if loss < best:
+            best, state = loss, {k: v.clone() for k, v in mapper.state_dict().items()}
+    if state is None:
+        raise FloatingPointError("the loss was never finite")
+    mapper.load_state_dict(state)
+    return mapper.requires_grad_(False)
+
+
+def train_mapper(
+    z, labels, text_source, text_target, class_text, recipe, seed=0, steps=300, batch_size=128
+):
+    """Train one mapper on (N, d) features of the source's training images; see `ldfs_loss`.
+
+    Returns the Mapper, frozen.
+    CHOICE: AdamW, cosine schedule, 300 steps of 128, lr 3e-3, weight decay 0.05 (both in the ranges
+    LADS searches); alternative: LADS's 50 epochs of 256 at a constant rate.
+    """
+    mapper = new_mapper(z.shape[1], seed, z.device)
     generator = torch.Generator(z.device).manual_seed(seed)
     optimizer = torch.optim.AdamW(mapper.parameters(), lr=3e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         i = torch.randperm(len(z), generator=generator, device=z.device)[:batch_size]
-        z_hat = mapper(z[i])
-        # ε is drawn for source and target on their own: a shared one would cancel in the difference
-        t_s, t_k = (stochastic_text(t[i], recipe.sigma, generator) for t in (text_source, text_target))
-        loss = local_adaptation(z[i], z_hat, t_s, t_k)
-        if recipe.pair:
-            loss = loss + recipe.pair * pairwise_relation(z[i], z_hat, recipe.form)
-        if recipe.cls:  # LADS's class loss has no logit scale
-            loss = loss + recipe.cls * class_consistency(z_hat, class_text, labels[i], logit_scale=1)
+        batch = z[i], labels[i], text_source[i], text_target[i]
+        loss = ldfs_loss(mapper, *batch, class_text, recipe, generator)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    mapper.requires_grad_(False)
-    return mapper, statistics(mapper, z, text_source, text_target, recipe, generator)
+    return mapper.requires_grad_(False)
 
 
 @torch.no_grad()
-def statistics(mapper, z, text_source, text_target, recipe, generator):
-    """What LDFS rests on, as plain numbers (cosines in [-1, 1], lengths in units of the unit sphere, angles in radians).
+def statistics(mapper, z, text_source, text_target, sigma, seed=0):
+    """What LDFS rests on: cosines, lengths on the unit sphere, angles in radians.
 
-    |Δt|: mean length of the text directions. spread: mean cosine between two images' directions (1: all the same).
-    noise: cosine of noisy and clean direction, which tells whether σ has drowned the direction.
+    |Δt|: mean length of the text directions. spread: mean cosine between two images' directions (1:
+    all the same). noise: cosine of noisy and clean direction, which tells whether σ has drowned it.
     follows: cosine of image shift and clean text direction. |Δz|: mean length of the image shift.
     angles: mean change of the angle between two images' features, L_pair.
     """
     delta_t, z_hat = text_target - text_source, mapper(z)
-    noisy = stochastic_text(text_target, recipe.sigma, generator) - stochastic_text(text_source, recipe.sigma, generator)
+    generator = torch.Generator(z.device).manual_seed(seed)
+    noisy_target = stochastic_text(text_target, sigma, generator)
+    noisy = noisy_target - stochastic_text(text_source, sigma, generator)
     unit = F.normalize(delta_t, dim=-1)
     n, some = len(z), slice(0, 2000)  # pairs are quadratic in number
     return {
@@ -96,66 +160,91 @@ def mapper_path(run, recipe_name, domain, seed):
     return run / "mappers" / f"{recipe_name}-{domain}-seed{seed}.pt"
 
 
-def load_mapper(run, recipe_name, domain, seed, model, device="cpu"):
-    """A trained Mapper, frozen. Exits with status 2 where it has not been trained on the CLIP of the fingerprint `model`."""
+def load_mapper(run, recipe_name, domain, seed, fingerprint, device="cpu"):
+    """A trained Mapper, frozen; exits with status 2 where there is none of this CLIP."""
     path = mapper_path(run, recipe_name, domain, seed)
     if not path.exists():
-        fail(f"{path} is not there. Train it: python mapper.py DATASET SOURCE --methods {recipe_name}")
-    state = torch.load(path)
-    if state["made_of"]["model"] != model:
-        fail(f"{path} was trained on another model. Train it again with mapper.py, or name another folder with --run.")
-    state = state["mapper"]
-    mapper = Mapper(state["net.0.weight"].shape[1], state["net.0.weight"].shape[0])
-    mapper.load_state_dict(state)
-    return mapper.requires_grad_(False).to(device)
+        fail(f"{path} is not there. Train it: mapper.py DATASET SOURCE --methods {recipe_name}")
+    state = torch.load(path, map_location=device)
+    if state["fingerprint"] != fingerprint:
+        fail(f"{path} is for another model. Run mapper.py again, or name another --run.")
+    width, dim = state["mapper"]["net.0.weight"].shape
+    mapper = Mapper(dim, width).to(device)
+    mapper.load_state_dict(state["mapper"])
+    return mapper.requires_grad_(False)
 
 
 def main():
-    args = data.arguments(__doc__).parse_args()
-    recipes = recipes_of(chosen(args))
+    config, dataset = parse(__doc__)
+    recipes = recipes_of(config.methods)
     if not recipes:
         return  # finetune, flyp and arf need no mapper
-    dataset, run = data.prepare(args)
-    targets = dataset.styles(args.source)
-    clip = load_clip(args, dataset)
-    row, z_all = cached_features(clip, dataset, args.source, run)
-    everything = dataset.trainable(args.source)
-    z_all = z_all[[row[p] for p, _ in everything]]
-    row = {p: i for i, (p, _) in enumerate(everything)}
-    labels_all = torch.tensor([y for _, y in everything])
-    texts = {}  # (direction, domain): t^k of every source image
-    for domain in (args.source, *targets):
-        texts["class", domain] = encode_texts(clip, data.class_texts(dataset, domain))[labels_all]
-        if any(r.direction == "caption" for r in recipes.values()):
-            own = data.caption_texts(dataset, domain, [p for p, _ in everything])
-            texts["caption", domain] = encode_texts(clip, own)
-    class_text = encode_head(clip, data.prompts(dataset, args.source))
+    source, targets = config.source, dataset.styles(config.source)
+    clip = load_clip(config)
+    features_of = cached_features(clip, dataset, source, config.run)
+    class_text = zero_shot_head(clip, *data.prompt_templates(dataset, source)).to(clip.device)
+    everything = dataset.trainable(source)
+    row = {location: i for i, (location, _) in enumerate(everything)}
+    texts = {}  # (direction, domain): t of every source image in the words of the domain
+    for direction in {recipe.direction for recipe in recipes.values()}:
+        for domain in (source, *targets):
+            if direction == "caption":
+                prompts = data.caption_texts(dataset, domain, everything)
+            elif direction == "class":
+                of_class = data.class_texts(dataset, domain)
+                prompts = [of_class[label] for _, label in everything]
+            else:
+                prompts = [dataset.meta.phrases[domain]] * len(everything)
+            texts[direction, domain] = encode_texts(clip, prompts).to(clip.device)
+    neutral = [f"a photo of {data.article(name)}" for name in dataset.classnames]
+    lads_text = encode_texts(clip, neutral).to(clip.device)
+    z_all = features_of(everything).to(clip.device)
+    labels_all = torch.tensor([label for _, label in everything], device=clip.device)
 
-    jobs = [(seed, domain, name) for seed in range(args.seeds) for domain in targets for name in recipes]
-    seen = {}  # (recipe, target): statistics of every seed
-    for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper")):
+    seeds = range(config.seeds)
+    jobs = [(seed, domain, name) for seed in seeds for domain in targets for name in recipes]
+    table = {}  # (recipe, target): statistics of every seed
+    for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper", leave=False)):
         bar.set_postfix_str(f"{name} -> {domain}, seed {seed}")
-        i = torch.tensor([row[p] for p, _ in data.split(dataset, args.source, args.source, "train", seed)])
-        text_source, text_target = (texts[recipes[name].direction, d][i] for d in (args.source, domain))
-        tensors = [x.to(clip.device) for x in (z_all[i], labels_all[i], text_source, text_target, class_text)]
-        made_of = {"recipe": asdict(recipes[name]), "steps": args.mapper_steps, "data": data.digest(tensors)}
-        made_of["model"] = clip.fingerprint
-        path = mapper_path(run, name, domain, seed)
-        state = torch.load(path) if path.exists() else None
-        if state is None or state["made_of"] != made_of:
+        recipe = recipes[name]
+        text_source, text_target = (texts[recipe.direction, d] for d in (source, domain))
+        every = z_all, labels_all, text_source, text_target
+        parts = {}  # "train", "val": their rows of `every`
+        for part in ("train", "val"):
+            items = dataset.split(source, source, part, seed)
+            i = torch.tensor([row[location] for location, _ in items], dtype=torch.long)
+            parts[part] = [x[i.to(clip.device)] for x in every]
+        inputs = [*parts["train"], *parts["val"], class_text, lads_text]
+        config_hash = short_hash(asdict(recipe), config.mapper_steps, clip.fingerprint, inputs)
+        path = mapper_path(config.run, name, domain, seed)
+        state = torch.load(path) if path.exists() else {"config_hash": None}
+        if state["config_hash"] != config_hash:
+            more = {"steps": config.mapper_steps} if config.mapper_steps else {}
             try:
-                mapper, numbers = train_mapper(*tensors, recipes[name], seed, args.mapper_steps)
+                if recipe.loss == "lads":
+                    more = {"epochs": config.mapper_steps} if config.mapper_steps else {}
+                    mapper = train_lads(parts["train"], parts["val"], lads_text, seed, **more)
+                else:
+                    mapper = train_mapper(*parts["train"], class_text, recipe, seed, **more)
             except FloatingPointError as error:
                 fail(f"{name}: {error}. Look at the features, or weigh the terms otherwise.")
-            state = {"mapper": mapper.cpu().state_dict(), "made_of": made_of, "statistics": numbers}
-            data.write_atomically(path, lambda part: torch.save(state, part))
-            rows = [(name, domain, "train", metric, value, len(i), seed) for metric, value in numbers.items()]
-            data.append_results(run, args, rows)
-        seen.setdefault((name, domain), []).append(state["statistics"])
+            z, _, text_source, text_target = parts["train"]
+            numbers = statistics(mapper, z, text_source, text_target, recipe.sigma, seed)
+            state = {"mapper": mapper.cpu().state_dict(), "statistics": numbers}
+            state |= {"config_hash": config_hash, "fingerprint": clip.fingerprint}
+            write_atomically(path, lambda part: torch.save(state, part))
+        table.setdefault((name, domain), []).append(state["statistics"])
 
-    print(f"{'recipe':28}{'target':16}" + "".join(f"{metric:>9}" for metric in state["statistics"]) + "   (seeds' mean)")
-    for (name, domain), runs in seen.items():
-        means = [sum(numbers[metric] for numbers in runs) / len(runs) for metric in runs[0]]
+    rows = [
+        {"method": name, "domain": domain, "measure": measure, "value": value, "seed": seed}
+        for (name, domain), runs in table.items() for seed, numbers in enumerate(runs)
+        for measure, value in numbers.items()
+    ]
+    n = len(dataset.split(source, source, "train", 0))
+    results.append(config, [{**row, "split": "train", "n": n} for row in rows])
+    print(f"{'recipe':28}{'target':16}" + "".join(f"{m:>9}" for m in state["statistics"]))
+    for (name, domain), runs in table.items():
+        means = [sum(numbers[m] for numbers in runs) / len(runs) for m in runs[0]]
         print(f"{name:28}{domain:16}" + "".join(f"{mean:9.3f}" for mean in means))
 
 

@@ -1,18 +1,19 @@
-"""What the names in --methods stand for: which features a model is finetuned on, and with which losses.
+"""What the names in --methods stand for: what is trained, with which losses, on which features.
 
-    finetune              cross-entropy on the source's images
+    finetune              cross-entropy on the source's images; --train says of what (TRAINED)
     lads, ldfs            … and on features that mappers synthesise from them
     ldfs:sigma=0,cls=0.5  a variation
-    flyp                  CLIP's contrastive loss on class prompts instead
+    lpft                  the image tower finetuned from a trained linear probe
+    flyp                  CLIP's contrastive loss on class prompts instead; trains both towers
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
-    arf+ldfs              … and on LDFS's features
+    coop+ldfs, lpft+ldfs, arf+ldfs                … and on LDFS's features
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
-from data import fail
+from utils import fail
 
-DEFAULT = ["finetune", "lads", "ldfs"]
 ABLATIONS = [  # what --ablate adds: LDFS without each of its parts, and with other weights
     "ldfs:direction=class", "ldfs:sigma=0", "ldfs:pair=0", "ldfs:cls=0", "ldfs:form=cosine",
     "ldfs:sigma=0.003", "ldfs:sigma=0.03", "ldfs:sigma=0.1", "ldfs:pair=0.3", "ldfs:pair=3",
@@ -21,87 +22,107 @@ ABLATIONS = [  # what --ablate adds: LDFS without each of its parts, and with ot
 
 @dataclass(frozen=True)
 class Recipe:
-    """What steers a mapper. LDFS minus its three parts (caption-wise direction, noise, pairwise term) is LADS.
+    """What steers a mapper. "lads" is LADS as published; "global" is LADS's idea under LDFS's
+    schedule: LDFS minus its three parts (caption-wise direction, noise, pairwise term).
 
-    CHOICE: sigma, small enough to leave the direction (at d = 512, |Δt| = 0.7 a cosine of 0.91); alternative: the sweep that
-    --ablate makes.
-    CHOICE: pair, λ_pair: both terms are of order one; alternative: more, for features that stay closer to CLIP's.
-    CHOICE: cls, λ_cls, kept from LADS so that LDFS is LADS and three parts; alternative: 0, as LDFS's figure 2 shows it.
-    CHOICE: class_text of the source domain, the head that step 2 starts from; alternative: of the target's.
+    CHOICE: sigma, small enough to leave the direction (at d = 512, |Δt| = 0.7 a cosine of 0.91);
+    alternative: the sweep that --ablate makes.
+    CHOICE: pair, λ_pair: both terms are of order one; alternative: more, for features closer to
+    CLIP's.
+    CHOICE: cls, λ_cls, kept from LADS so that LDFS is LADS and three parts; alternative: 0, as
+    LDFS's figure 2 shows it.
+    CHOICE: class_text of the source domain, the head that step 2 starts from; alternative: of the
+    target's.
     """
 
-    direction: str = "caption"  # whose text: each image's own caption, or "class", its class: LADS's global Δt
+    direction: str = "caption"  # whose text: each image's own caption's, its "class"'s (LADS), or
+                                # one for the whole "domain" (StyleGAN-NADA)
     sigma: float = 0.01         # σ of the stochastic text features
     pair: float = 1.0           # λ_pair
-    form: str = "angle"         # L_pair on angles, as the paper says; "cosine" for the difference of cosines
+    form: str = "angle"         # L_pair on angles, as the paper says; or the difference of cosines
     cls: float = 1.0            # λ_cls
+    loss: str = "ldfs"          # or "lads": loss and schedule of its public code
 
 
-RECIPES = {"ldfs": Recipe(), "lads": Recipe(direction="class", sigma=0.0, pair=0.0)}
+RECIPES = {
+    "ldfs": Recipe(),
+    "global": Recipe(direction="class", sigma=0.0, pair=0.0),
+    "lads": Recipe(direction="class", sigma=0.0, pair=0.0, loss="lads"),
+}
+
+# What is trained, under the strategies' names.
+TRAINED = {
+    "linear": "head",             # on features of the frozen image tower
+    "coop": "prompt",             # likewise
+    "full": "image tower, head",  # WiSE-FT's standard finetuning
+    "lpft": "image tower, head",  # likewise, from a trained probe
+    "towers": "both towers",      # the head is what the text tower makes of the class prompts
+}
+CACHED = ("linear", "coop")  # what is trained on features of a frozen image tower
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which losses: cross-entropy or, if `contrastive`, CLIP's own on class prompts (FLYP), and what is added to them."""
+    """What is trained (a key of TRAINED), and with which losses and features."""
 
-    contrastive: bool = False
-    captions: bool = False    # ARF's text-compensated anchors
-    retrieved: bool = False   # ARF's image-text anchors
+    train: str
+    contrastive: bool = False  # CLIP's loss on class prompts (FLYP), else cross-entropy
+    captions: bool = False     # ARF's text-compensated anchors
+    retrieved: bool = False    # ARF's image-text anchors
     recipe: str | None = None  # LADS's or LDFS's synthesised features
 
     @property
     def needs_captions(self):
-        return self.captions or (self.recipe is not None and parse_recipe(self.recipe).direction == "caption")
+        by_caption = self.recipe and parse_recipe(self.recipe).direction == "caption"
+        return self.captions or bool(by_caption)
 
 
 def parse_recipe(text):
-    """Recipe of "ldfs", "lads", or a variation such as "ldfs:sigma=0,direction=class"; exits with status 2 otherwise."""
+    """Recipe of "ldfs", "lads", "ldfs:sigma=0,direction=class"; exits with status 2 otherwise."""
     name, _, changes = text.partition(":")
     kinds = {f.name: type(f.default) for f in fields(Recipe)}
     if name not in RECIPES:
-        fail(f"unknown recipe {text!r}. Known: {', '.join(RECIPES)}; variations: ldfs:sigma=0 ({', '.join(kinds)}).")
+        fail(
+            f"unknown recipe {text!r}. Known: {', '.join(RECIPES)}; "
+            f"variations: ldfs:sigma=0 ({', '.join(kinds)})."
+        )
     try:
         pairs = dict(change.split("=") for change in changes.split(",")) if changes else {}
-        recipe = replace(RECIPES[name], **{key: kinds[key](value) for key, value in pairs.items()})
+        changed = {key: kinds[key](value) for key, value in pairs.items()}
+        recipe = replace(RECIPES[name], **changed)
     except (KeyError, ValueError):
-        fail(f"recipe {text!r}: write name=value, with commas between; the names are {', '.join(kinds)}.")
-    if not all(0 <= x < float("inf") for x in (recipe.sigma, recipe.pair, recipe.cls)):
+        fail(f"recipe {text!r}: write name=value, with commas between; names: {', '.join(kinds)}.")
+    if not all(0 <= x < math.inf for x in (recipe.sigma, recipe.pair, recipe.cls)):
         fail(f"recipe {text!r}: sigma, pair and cls are numbers from 0 up.")
-    if recipe.direction not in ("caption", "class") or recipe.form not in ("angle", "cosine"):
-        fail(f"recipe {text!r}: direction is caption or class, form is angle or cosine.")
+    allowed = {"direction": ("caption", "class", "domain"), "form": ("angle", "cosine")}
+    allowed["loss"] = ("ldfs", "lads")
+    for key, values in allowed.items():
+        if getattr(recipe, key) not in values:
+            fail(f"recipe {text!r}: {key} is {' or '.join(values)}.")
     return recipe
 
 
-def parse_method(text):
-    """Method of "finetune", "lads", "ldfs:sigma=0", "flyp", "flyp+captions", "flyp+retrieved", "arf" (both), "arf+ldfs".
+def parse_method(text, train="linear"):
+    """Method of "finetune" (of what `train` says), "ldfs:sigma=0", "lpft", "flyp+captions",
+    "arf+ldfs" …
 
     Exits with status 2 at any other.
     """
     first, *more = text.split("+")
     if first == "arf":
         first, more = "flyp", ["captions", "retrieved", *more]
-    if first not in ("finetune", "flyp"):
-        more = [first, *more]
+    if first not in ("finetune", "flyp", *TRAINED):  # a recipe alone is "finetune" with it
+        first, more = "finetune", [first, *more]
     recipes = [part for part in more if part not in ("captions", "retrieved")]
     if len(recipes) > 1 or (first != "flyp" and len(recipes) < len(more)):
-        fail(f"--methods {text}: anchors go with flyp, and one recipe at most with anything: flyp+captions, arf+ldfs.")
+        fail(
+            f"--methods {text}: captions and retrieved go with flyp, and one recipe at most with "
+            "anything: flyp+captions, arf+ldfs."
+        )
     for recipe in recipes:
         parse_recipe(recipe)
-    return Method(first == "flyp", "captions" in more, "retrieved" in more, *recipes)
-
-
-def chosen(args):
-    """{name: Method} of --methods and --ablate; sets args.train where --train does not.
-
-    Exits with status 2 at an unknown method, or one that --train cannot train.
-    """
-    names = [*(args.methods or DEFAULT), *(ABLATIONS if args.ablate else ())]
-    methods = {name: parse_method(name) for name in names}
-    towers = any(m.contrastive for m in methods.values())
-    if args.train in ("head", "prompt") and towers:
-        fail("flyp and arf train the towers. Say --train visual, or --train all.")
-    args.train = args.train or ("visual" if towers else "head")
-    return methods
+    trained = {"finetune": train, "flyp": "towers"}.get(first, first)
+    return Method(trained, first == "flyp", "captions" in more, "retrieved" in more, *recipes)
 
 
 def recipes_of(methods):

@@ -1,9 +1,10 @@
-"""A stand-in for the Hugging Face hub: serves the folders FOLDER/models/OWNER/NAME and FOLDER/datasets/OWNER/NAME.
+"""A stand-in for the Hugging Face hub: serves FOLDER/models/OWNER/NAME, FOLDER/datasets/OWNER/NAME.
 
     python tests/hub.py FOLDER 8000 &
     HF_ENDPOINT=http://127.0.0.1:8000 HF_HOME=/tmp/hf bash run_ldfs.sh pacs photo
 
-It answers what huggingface_hub asks when it lists a repository or downloads a file, and no more.
+It answers what huggingface_hub asks when it lists a repository or downloads a file, and no more;
+as the hub does it: lists come in pages, large files from another host, 401 for what is not there.
 """
 
 import hashlib
@@ -12,43 +13,83 @@ import re
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 COMMIT = "0" * 40
+PAGE = 3  # entries of a list
+REPOSITORY = "/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self, body=True):
-        path = unquote(self.path.partition("?")[0])
-        asked = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?", path)
-        if asked and (repository := self.server.folder / asked[1] / asked[2]).is_dir():
-            files = [(f.relative_to(repository).as_posix(), f) for f in sorted(repository.rglob("*")) if f.is_file()]
-            if "/tree/" in path:
-                answer = [{"type": "file", "path": name, "size": f.stat().st_size, "oid": name} for name, f in files]
-            else:
-                siblings = [{"rfilename": name, "size": f.stat().st_size} for name, f in files]
-                answer = {"id": asked[2], "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-            return self.answer(json.dumps(answer).encode(), body, {"Content-Type": "application/json"})
-        asked = re.fullmatch(r"/(?:api/)?(?:(datasets)/|models/)?([^/]+/[^/]+)/(?:resolve|tree)/[^/]+/(.+)", path)
-        if asked:
-            file = self.server.folder / (asked[1] or "models") / asked[2] / asked[3]
-            if file.is_file():
-                self.server.served.append(f"{asked[2]}/{asked[3]}")
-                etag = hashlib.sha256(f"{file} {file.stat().st_size}".encode()).hexdigest()
-                return self.answer(file.read_bytes(), body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-        self.answer(b"{}", body, {"X-Error-Code": "EntryNotFound" if asked else "RepoNotFound"}, 404)
+        path, _, query = self.path.partition("?")
+        path, query = unquote(path), parse_qs(query)
+        if asked := re.fullmatch(f"/other-host{REPOSITORY}/(?P<file>.+)", path):
+            return self.answer(self.find(asked).read_bytes(), body, {"ETag": '"of no use"'})
+        if asked := re.fullmatch(f"/api{REPOSITORY}(/revision/[^/]+)?", path):
+            if folder := self.find(asked):
+                files = [f for f in folder.rglob("*") if f.is_file()]
+                siblings = [{"rfilename": f.relative_to(folder).as_posix()} for f in sorted(files)]
+                about = {"id": asked["name"], "sha": COMMIT, "siblings": siblings, "private": False}
+                return self.answer_json({**about, "tags": []}, body)
+        elif asked := re.fullmatch(f"/api{REPOSITORY}/tree/[^/]+(/(?P<file>.+))?", path):
+            if folder := self.find(asked):
+                deep = query.get("recursive", [""])[0].lower() == "true"
+                entries = sorted(folder.rglob("*") if deep else folder.glob("*"))
+                start = int(query.get("cursor", ["0"])[0])
+                url = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
+                following = f'<{url}?recursive={deep}&cursor={start + PAGE}>; rel="next"'
+                headers = {"Link": following} if len(entries) > start + PAGE else {}
+                page = [self.entry(asked, entry) for entry in entries[start:start + PAGE]]
+                return self.answer_json(page, body, headers)
+        else:
+            path = path if path.startswith("/datasets/") else f"/models{path}"
+            asked = re.fullmatch(f"{REPOSITORY}/resolve/[^/]+/(?P<file>.+)", path)
+            file = asked and self.find(asked)
+            if file and file.is_file():
+                self.server.served.append(f"{asked['name']}/{asked['file']}")
+                headers = {"ETag": f'"{sha256(file)}"', "X-Repo-Commit": COMMIT}
+                if is_small(file):
+                    return self.answer(file.read_bytes(), body, headers)
+                linked = {"X-Linked-Size": file.stat().st_size, "X-Linked-ETag": headers["ETag"]}
+                place = f"http://localhost:{self.server.server_port}/other-host{path}"
+                place = re.sub("/resolve/[^/]+/", "/", place)
+                return self.answer(b"", body, {**headers, **linked, "Location": place}, 302)
+            if asked and self.find(asked, whole=False):
+                return self.answer(b"{}", body, {"X-Error-Code": "EntryNotFound"}, 404)
+        self.answer(b'{"error": "Invalid username or password."}', body, {}, 401)
+
+    def find(self, asked, whole=True):
+        """The repository, or the file or folder in it, that is asked for; None without."""
+        file = asked.groupdict().get("file") if whole else None
+        path = self.server.folder / asked["kind"] / asked["name"] / (file or "")
+        return path if path.exists() else None
+
+    def entry(self, asked, path):
+        repository = self.server.folder / asked["kind"] / asked["name"]
+        name = path.relative_to(repository).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": name, "size": 0, "oid": name}
+        size = path.stat().st_size
+        lfs = {"lfs": {"oid": sha256(path), "size": size, "pointerSize": 130}}
+        lfs = {} if is_small(path) else lfs
+        return {"type": "file", "path": name, "size": size, "oid": sha256(path)[:40], **lfs}
 
     def do_HEAD(self):
         self.do_GET(body=False)
 
+    def answer_json(self, content, body, headers=()):
+        headers = {**dict(headers), "Content-Type": "application/json"}
+        self.answer(json.dumps(content).encode(), body, headers)
+
     def answer(self, content, body, headers, status=200):
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if span and status == 200:  # a download that goes on
+        if span and status == 200:  # a part, or a download that goes on
             first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
-            status, headers = 206, {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
-            content = content[first:last + 1]
+            status, size = 206, f"bytes {first}-{last}/{len(content)}"
+            headers, content = {**headers, "Content-Range": size}, content[first:last + 1]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": len(content)}.items():
             self.send_header(name, value)
@@ -58,6 +99,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_small(path):
+    """Whether the hub holds a file in git itself; others it sends for to another host."""
+    return path.suffix in (".json", ".txt", ".md")
 
 
 class Hub(ThreadingHTTPServer):

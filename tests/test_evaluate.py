@@ -1,82 +1,81 @@
-"""evaluate.py: accuracies, figure 4's measures and the table against values worked out by hand."""
+"""evaluate.py and quality.py: accuracies, α, the figures' measures, against values worked out by hand."""
 
 import json
 
 import pytest
 import torch
 
+import config
 import data
 import evaluate
+import quality
+
+
+def by_class(dataset, domain, items):
+    return torch.eye(3)[[label for _, label in items]]
+
+
+def known(domain):
+    return torch.eye(3), None
 
 
 def test_accuracies_and_their_means(tiny_data):
     """A head that knows photos, and names every sketch and cartoon a cat: a third of them are."""
     dataset = data.load("tiny", tiny_data)
 
-    def features_of(domain, items):
-        right = torch.eye(3)[[y for _, y in items]]
+    def features_of(one, domain, items):
+        right = by_class(one, domain, items)
         return right if domain == "photo" else torch.eye(3)[[0] * len(items)]
 
-    rows = evaluate.accuracies(dataset, "photo", 0, features_of, lambda domain: torch.eye(3), "m")
+    rows = evaluate.accuracies(dataset, "photo", 0, features_of, known)
     third = pytest.approx(100 / 3)
-    assert rows == [
-        ("m", "photo", "val", "accuracy", 100, 3, 0),
-        ("m", "photo", "test", "accuracy", 100, 9, 0),
-        ("m", "sketch", "test", "accuracy", third, 30, 0),
-        ("m", "cartoon", "test", "accuracy", third, 30, 0),
-        ("m", "OOD mean", "test", "accuracy", third, 60, 0),
-        ("m", "extended", "test", "accuracy", pytest.approx((100 + 100 / 3) / 2), 60, 0),
+    assert [(r["domain"], r.get("split", "test"), r["value"], r["n"]) for r in rows] == [
+        ("photo", "val", 100, 3), ("photo", "test", 100, 9), ("sketch", "test", third, 30),
+        ("cartoon", "test", third, 30), ("OOD mean", "test", third, 60),
+        ("extended", "test", pytest.approx((100 + 100 / 3) / 2), 60),
     ]
+
+
+def test_a_bias_counts(tiny_data):
+    dataset = data.load("tiny", tiny_data)
+    head = torch.eye(3), torch.tensor([2.0, 0, 0])  # … and all are cats
+    rows = evaluate.accuracies(dataset, "photo", 0, by_class, lambda domain: head)
+    assert all(row["value"] == pytest.approx(100 / 3) for row in rows)
 
 
 def test_unseen_classes_and_their_mean(tiny_data):
     dataset = data.load("tiny", tiny_data)
 
-    def features_of(domain, items):  # sketches all look like cats
-        return torch.eye(3)[[y * (domain != "sketch") for _, y in items]]
+    def features_of(one, domain, items):  # sketches all look like cats
+        return torch.eye(3)[[label * (domain != "sketch") for _, label in items]]
 
-    rows = evaluate.unseen_accuracies(dataset, 2, features_of, lambda domain: torch.eye(3), "m")
+    rows = evaluate.unseen_accuracies(dataset, features_of, known)
     third = pytest.approx(100 / 3)
-    expected = {"unseen photo": 100, "unseen sketch": third, "unseen cartoon": 100, "unseen mean": pytest.approx(700 / 9)}
-    assert {row[1]: row[4] for row in rows} == expected and all(row[6] == 2 for row in rows)
+    expected = {"unseen photo": 100, "unseen sketch": third, "unseen cartoon": 100}
+    assert {r["domain"]: r["value"] for r in rows} == {**expected, "unseen mean": pytest.approx(700 / 9)}
 
 
 def test_interpolated_weights_lie_on_the_line():
     """WiSE-FT: the ends are the ends, the middle is the mean, and counters are the finetuned model's."""
-    a, b = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)}, {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(3)}
+    a = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)}
+    b = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(3)}
     for alpha, w in ((0, [0.0, 2.0]), (0.5, [0.5, 3.0]), (0.25, [0.25, 2.5]), (1, [1.0, 4.0])):
         mix = evaluate.interpolate(a, b, alpha)
         assert mix["w"].tolist() == w and mix["n"].item() == 3
-
-
-def test_frozen_features_are_encoded_by_the_weights_of_the_moment(tiny_data):
-    """The encoder that keeps the frozen stages' output, against encoding images anew after the weights moved."""
-    import features
-
-    dataset = data.load("tiny", tiny_data)
-    name = f"local-dir:{data.Path(evaluate.__file__).parent / 'emoji_clip'}"
-    clip = features.load_clip(data.arguments("").parse_args(["tiny", "photo", "--model", name]), dataset)
-    features.freeze_stages(clip, 6)
-    encode, items = evaluate.encoder(clip), dataset.images["sketch"][3:7]
-    first = encode(dataset, "sketch", items)
-    with torch.no_grad():
-        clip.model.visual.head.proj.weight[:100] *= 2
-    second = encode(dataset, "sketch", items)
-    assert not torch.allclose(first, second, atol=1e-3)
-    assert torch.allclose(second, features.encode_images(clip, dataset.folder, items), atol=1e-5)
 
 
 def test_caption_quality_of_known_captions(tiny_data, monkeypatch):
     dataset = data.load("tiny", tiny_data)
     items = dataset.images["photo"]
     (tiny_data / "tiny" / "descriptions.jsonl").write_text("".join(
-        json.dumps({"path": path, "caption": f"A thing{i}, some tag"}) + "\n" for i, (path, _) in enumerate(items)
+        json.dumps({"path": location.path, "caption": f"A thing{i}, some tag"}) + "\n"
+        for i, (location, _) in enumerate(items)
     ))
-    captions = ["a Red House"] * 25 + [f"a thing{i}" for i in range(25, 30)]  # classes: 10 cats, 10 dogs, 10 red houses
-    said = {text: torch.eye(8)[i] for i, text in enumerate(dict.fromkeys(captions))}
-
-    monkeypatch.setattr(evaluate, "encode_texts", lambda clip, texts: torch.stack([said[t] for t in texts]))
-    got = evaluate.caption_quality(dataset, "photo", captions, torch.eye(8)[[0] * 30], None)
+    captions = ["a Red House"] * 25 + [f"a thing{i}" for i in range(25, 30)]  # 10 cats, dogs, houses
+    features = {text: torch.eye(8)[i] for i, text in enumerate(dict.fromkeys(captions))}
+    encode = lambda clip, texts: torch.stack([features[t] for t in texts])  # noqa: E731
+    monkeypatch.setattr(quality, "encode_texts", encode)
+    got = quality.caption_quality(dataset, items, captions, torch.eye(8)[[0] * 30], None)
     assert got["names the class"] == pytest.approx(100 * 5 / 30)
     assert got["names class or thing"] == pytest.approx(100 * 10 / 30)
     assert got["CLIP score"] == pytest.approx(100 * 25 / 30)
@@ -86,80 +85,101 @@ def test_consistency_of_known_neighbours():
     target = torch.eye(4)[:2], torch.tensor([0, 1])   # real sketches of class 0 and 1
     source = torch.eye(4)[2:], torch.tensor([0, 1])   # real photos
     z_hat = torch.tensor([[1.0, 0, 0, 0], [0.9, 0, 0, 0], [0, 0.5, 0.6, 0], [0.1, 0, 0, 0.9]])
-    got = evaluate.consistency(z_hat, torch.tensor([0, 1, 1, 1]), target, source)
+    got = quality.consistency(z_hat, torch.tensor([0, 1, 1, 1]), target, source)
     assert got == {"domain consistency": 50, "class consistency": 50, "unique neighbours": 50}
+    got = quality.consistency(z_hat[:3], torch.tensor([0, 1, 1]), target, source)
+    assert got["domain consistency"] == pytest.approx(100 * 2 / 3)  # the third is nearest to a photo
 
 
-ARGS = {"train": "head", "init": "text", "model": "m", "schedule": {"epochs": 2, "batch_size": 8, "lr": 0.1}}
+def test_a_head_of_fewer_classes_is_a_masked_head():
+    """ImageNet-A and -R: the argmax among their own names is that of the whole head, all others masked."""
+    generator = torch.Generator().manual_seed(0)
+    weight, z = torch.randn(10, 4, generator=generator), torch.randn(50, 4, generator=generator)
+    bias = torch.randn(10, generator=generator)
+    names, some = [f"c{i}" for i in range(10)], ["c7", "c2", "c5"]
+    others = torch.tensor([i for i in range(10) if f"c{i}" not in some])
+    masked = (z @ weight.T + bias).index_fill(1, others, -torch.inf).argmax(1)
+    part, part_bias = evaluate.restricted((weight, bias), names, some)
+    found = (z @ part.T + part_bias).argmax(1)
+    assert [some[i] for i in found] == [names[i] for i in masked]
+
+    def rows(names, own):
+        return evaluate.restricted((weight[:len(names)], None), names, own)
+
+    assert rows(names, ["c1", "alarm clock"]) is None
+    twice = ["crane", "missile", "tank", "missile"]  # as ImageNet's 657 and 744: told apart by order
+    assert torch.equal(rows(twice, twice)[0], weight[:4])
+    assert torch.equal(rows(twice, ["missile", "tank"])[0], weight[1:3])
+    assert torch.equal(rows(twice, ["tank", "missile"])[0], weight[2:4])
 
 
-def write(run, *rows):
-    run.mkdir()
-    base = {"dataset": "d", "source": "photo", "split": "test", "metric": "accuracy", "n": 9}
-    base["args"] = ARGS
-    (run / "results.jsonl").write_text("".join(json.dumps(base | r) + "\n" for r in rows))
+@pytest.fixture
+def run(tiny_data, tiny_clip, tmp_path, monkeypatch):
+    """call(main, …): a stage as its script would run it."""
+    def call(main, *more):
+        common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1"]
+        common += ["--run", str(tmp_path / "run"), "--epochs", "1", "--mapper-steps", "2"]
+        monkeypatch.setattr("sys.argv", ["script.py", *common, *more])
+        main()
+
+    return call
 
 
-def test_table_means_deviations_and_raw_seeds(tmp_path):
-    write(tmp_path / "run", *(
-        {"method": "ldfs", "domain": domain, "seed": seed, "value": value}
-        for domain, values in {"photo": (90, 92), "sketch": (40, 50), "OOD mean": (40, 50)}.items()
-        for seed, value in enumerate(values)
-    ), {"method": "lads", "domain": "photo", "seed": 0, "value": 1.0}, *(
-        {"method": "finetune", "domain": "OOD mean", "seed": seed, "value": value} for seed, value in enumerate((35, 47))
-    ))
-    lines = evaluate.table(evaluate.read_results(tmp_path / "run")).splitlines()
-    assert lines[2] == "| method | ID (photo) | sketch | OOD mean | less finetune | less lads | OOD mean, seed by seed |"
-    assert lines[4] == "| ldfs | 91.0 ± 1.4 | 45.0 ± 7.1 | 45.0 ± 7.1 | 4.0 ± 1.4 |  | 40.0 50.0 |"
-    assert lines[5] == "| lads | 1.0 | not run | not run |  |  |  |"
+def rows_of(tmp_path):
+    return (tmp_path / "run" / "results.jsonl").read_text()
 
 
-def test_table_compares_with_flyp_at_the_same_alpha(tmp_path):
-    values = {"flyp": (50, 10), "arf": (53, 14), "flyp α=0.5": (60, 20), "arf α=0.5": (61, 22), "arf α=0.3": (0, 0)}
-    write(tmp_path / "run", *(
-        {"method": method, "domain": domain, "seed": 0, "value": value}
-        for method, pair in values.items() for domain, value in zip(("OOD mean", "unseen mean"), pair)
-    ), {"method": "arf", "domain": "unseen sketch", "seed": 0, "value": 1})
-    lines = evaluate.table(evaluate.read_results(tmp_path / "run")).splitlines()
-    assert lines[2].startswith("| method | OOD mean | unseen mean | OOD less flyp | unseen less flyp | OOD mean, seed by")
-    assert lines[4:8] == [
-        "| flyp | 50.0 | 10.0 |  |  | 50.0 | 10.0 |", "| arf | 53.0 | 14.0 | 3.0 | 4.0 | 53.0 | 14.0 |",
-        "| flyp α=0.5 | 60.0 | 20.0 |  |  | 60.0 | 20.0 |", "| arf α=0.5 | 61.0 | 22.0 | 1.0 | 2.0 | 61.0 | 22.0 |",
-    ]
-    assert len(lines) == 8 or not lines[8]
-
-
-def test_of_a_stage_run_twice_the_last_result_counts(tmp_path):
-    row = {"method": "ldfs", "domain": "photo", "seed": 0}
-    other = {"args": ARGS | {"train": "all"}}
-    write(tmp_path / "run", row | {"value": 1}, row | {"value": 2}, row | {"value": 3} | other)
-    assert [r["value"] for r in evaluate.read_results(tmp_path / "run")] == [2, 3]
-
-
-def test_table_of_nothing_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.read_results(tmp_path)
-    assert stop.value.code == 2 and "results.jsonl is not there" in capsys.readouterr().err
-
-
-def test_unfinished_or_foreign_checkpoints_are_refused(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):
+def test_unfinished_or_foreign_checkpoints_are_refused(run, tmp_path, capsys):
     import finetune
 
-    common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
-    common += ["--methods", "finetune", "--epochs", "1"]
-    monkeypatch.setattr("sys.argv", ["finetune.py", *common])
-    finetune.main()
-    path = tmp_path / "run" / "checkpoints" / "head-scratch-finetune-seed0.pt"
+    run(finetune.main, "--methods", "finetune")
+    [path] = (tmp_path / "run" / "checkpoints").iterdir()
     whole = torch.load(path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *common])
-    for broken in (whole | {"epoch": 0}, whole | {"made_of": whole["made_of"] | {"model": "another"}}):
+    for broken in (whole | {"optimizer": {}}, whole | {"fingerprint": "another"}):
         torch.save(broken, path)
         with pytest.raises(SystemExit) as stop:
-            evaluate.main()
+            run(evaluate.main, "--methods", "finetune")
         assert stop.value.code == 2 and "unfinished, or of another model" in capsys.readouterr().err
 
 
-def test_only_evaluate_reads_target_images(tiny_data, tiny_clip, tmp_path, monkeypatch):
+def test_what_is_measured_is_not_measured_again_but_changed_images_are(run, tiny_data, tmp_path):
+    import finetune
+
+    methods = ["--methods", "finetune", "--train", "full", "--alphas", "0.5"]
+    run(finetune.main, *methods)
+    run(evaluate.main, *methods)
+    first = rows_of(tmp_path)
+    run(evaluate.main, *methods)
+    assert rows_of(tmp_path) == first
+    sketches = sorted((tiny_data / "tiny" / "sketch").glob("*/*.png"))
+    for image in sketches:
+        image.write_bytes(sketches[0].read_bytes())
+    run(evaluate.main, *methods)
+    assert rows_of(tmp_path) != first
+
+
+def test_heads_and_unseen_classes_are_in_the_sources_words(tiny_data, tiny_clip, tmp_path):
+    """… at evaluation, too, whatever domain is looked at; unseen classes have a head of their own names."""
+    import shutil
+
+    import features
+
+    shutil.copytree(tiny_data / "tiny", tiny_data / "others")
+    for domain in ("photo", "sketch", "cartoon"):
+        (tiny_data / "others" / domain / "cat").rename(tiny_data / "others" / domain / "tiger")
+    dataset, others = data.load("tiny", tiny_data), data.load("others", tiny_data)
+    argv = ["tiny", "--data", str(tiny_data), "--model", tiny_clip, "--run", str(tmp_path / "run")]
+    clip = features.load_clip(config.parse("", argv)[0])
+    for one, names in ((dataset, ["cat", "dog", "red house"]), (others, ["dog", "red house", "tiger"])):
+        text = features.encode_texts(clip, [f"a photo of a {name}" for name in names])
+        for domain in ("photo", "sketch"):
+            weight, bias = evaluate.heads(clip, one, "photo")(domain)
+            assert torch.allclose(weight, text, atol=1e-6) and bias is None
+    trained = torch.zeros(3, 32), torch.ones(3)
+    assert evaluate.heads(clip, dataset, "photo", trained)("sketch") is trained
+
+
+def test_only_evaluate_reads_target_images(run, tiny_data):
     """With the images of all targets broken, mapper.py and finetune.py do not notice."""
     import finetune
     import mapper
@@ -167,26 +187,8 @@ def test_only_evaluate_reads_target_images(tiny_data, tiny_clip, tmp_path, monke
     for domain in ("sketch", "cartoon"):
         for image in (tiny_data / "tiny" / domain).glob("*/*.png"):
             image.write_bytes(b"broken")
-    common = ["tiny", "photo", "--data", str(tiny_data), "--model", tiny_clip, "--seeds", "1", "--run", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", ["mapper.py", *common, "--mapper-steps", "2"])
-    mapper.main()
-    for train in ("head", "visual", "all"):
-        monkeypatch.setattr("sys.argv", ["finetune.py", *common, "--epochs", "1", "--train", train])
-        finetune.main()
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *common])
+    run(mapper.main)
+    for train in ("linear", "full", "towers"):
+        run(finetune.main, "--train", train)
     with pytest.raises(SystemExit):
-        evaluate.main()
-
-
-def test_the_curve_is_of_the_weights_in_between_whatever_was_measured_since(tmp_path, capsys):
-    args = {"model": "m", "train": "visual", "init": "text", "schedule": {"epochs": 1, "batch_size": 2, "lr": 1}}
-    row = {"dataset": "tiny", "source": "photo", "split": "test", "metric": "accuracy", "seed": 0, "n": 1, "args": args}
-    rows = [
-        row | {"method": method, "domain": domain, "value": 50}
-        for method in ("zero-shot", "flyp", "flyp α=0.5") for domain in ("photo", "OOD mean")
-    ]
-    rows += [row | {"method": "finetune", "domain": "photo", "value": 50}]  # has no OOD mean
-    rows += [row | {"method": "finetune", "domain": "photo", "value": 1, "args": args | {"train": "head"}}]
-    write(tmp_path / "run", *rows)
-    evaluate.curve(tmp_path / "run")
-    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+        run(evaluate.main)

@@ -1,9 +1,12 @@
-"""What comes from the Hugging Face hub, against a stand-in on loopback: data sets, models, the pool; what is said without."""
+"""What comes from the Hugging Face hub, against a stand-in: data sets, models, pool; or why not."""
 
 import io
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,8 +15,13 @@ import torch
 from conftest import square, write_shard
 from hub import Hub
 from PIL import Image
+from pyarrow.parquet import ParquetFile
 
+import config
 import data
+import features
+from sets import folders
+from sets.hub import read_names
 
 CLASSES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
 
@@ -31,46 +39,57 @@ def hub(tmp_path, monkeypatch):
 
 
 def parquet(path, rows, **features):
-    """Write [{"image": bytes, …}] as a parquet of the hub's kind: images as bytes, classes as numbers with names."""
+    """Write [{"image": bytes, …}] as the hub has it: images as bytes, classes as named numbers."""
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    kinds = {k: ClassLabel(names=v) if isinstance(v, list) else Value(v) for k, v in features.items()}
+    kinds = {
+        name: ClassLabel(names=kind) if isinstance(kind, list) else Value(kind)
+        for name, kind in features.items()
+    }
     rows = [{**row, "image": {"bytes": row["image"], "path": row.get("file")}} for row in rows]
     columns = {"image": ImageFeature(), **kinds}
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_list([{k: row[k] for k in columns} for row in rows], features=Features(columns))
-    table.to_parquet(str(path))
+    rows = [{name: row[name] for name in columns} for row in rows]
+    Dataset.from_list(rows, features=Features(columns)).to_parquet(str(path))
 
 
 def serve_pacs(hub, each):
     domains = ("art_painting", "cartoon", "photo", "sketch")
     rows = [
-        {"image": square(1000 * d + 10 * c + i), "file": f"pic_{i}.png", "domain": domain, "label": c}
-        for d, domain in enumerate(domains) for c in range(7) for i in range(each)
+        {"image": square(1000 * d + 10 * y + i), "file": f"pic_{i}.png", "domain": name, "label": y}
+        for d, name in enumerate(domains) for y in range(7) for i in range(each)
     ]
-    parquet(hub.folder / "datasets/flwrlabs/pacs/data/train-00000-of-00001.parquet", rows, domain="string", label=CLASSES)
+    path = hub.folder / "datasets/flwrlabs/pacs/data/train-00000-of-00001.parquet"
+    parquet(path, rows, domain="string", label=CLASSES)
 
 
 def test_both_scripts_from_an_empty_disk(hub, script, tiny_clip, tiny_blip2, tmp_path):
-    """Data, model, captioner and pool come from the hub by their own names, once; then all works offline."""
+    """Data, models and pool come from the hub by their own names, once; then all works offline."""
     serve_pacs(hub, each=10)
     shutil.copytree(tiny_clip.removeprefix("local-dir:"), hub.folder / "models/stand-in/clip")
     shutil.copytree(tiny_blip2, hub.folder / "models/Salesforce/blip2-opt-2.7b")
-    pairs = {f"{i:09d}.{end}": what for i in range(20) for end, what in (("jpg", square(i)), ("txt", f"a thing {i}".encode()))}
-    write_shard(hub.folder / "datasets/pixparse/cc3m-wds/cc3m-train-0000.tar", pairs)
-    write_shard(hub.folder / "datasets/pixparse/cc3m-wds/cc3m-validation-0000.tar", pairs)
-    options = ["--data", tmp_path / "data", "--run", tmp_path / "run", "--model", "hf-hub:stand-in/clip"]
-    options += ["--seeds", 1, "--epochs", 1, "--mapper-steps", 2, "--max-tokens", 3]
+    pairs = {}
+    for i in range(20):
+        pairs |= {f"{i:09d}.jpg": square(i), f"{i:09d}.txt": f"a thing {i}".encode()}
+    cc3m = "pixparse/cc3m-wds"
+    write_shard(hub.folder / "datasets" / cc3m / "cc3m-train-0000.tar", pairs)
+    write_shard(hub.folder / "datasets" / cc3m / "cc3m-validation-0000.tar", pairs)
+    options = ["--data", tmp_path / "data", "--run", tmp_path / "run", "--seeds", 1, "--epochs", 1]
+    options += ["--model", "hf-hub:stand-in/clip", "--mapper-steps", 2, "--max-tokens", 3]
 
     done = script("run_ldfs.sh", "pacs", "photo", *options)
-    assert "fetching flwrlabs/pacs" in done.stdout and "photo: 70 images" in done.stderr and "1670 are published" in done.stderr
-    assert "| ldfs |" in done.stdout and "CLIPood" in done.stdout and "from another paper" in done.stdout
-    assert len([*(tmp_path / "data/pacs").glob("*/*/*.png")]) == 280 and (tmp_path / "data/pacs/captions.jsonl").exists()
-    done = script("run_arf.sh", "pacs", *options, "--same", 2, "--methods", "flyp", "arf+ldfs")  # the source is photo by itself
-    assert "fetching pixparse/cc3m-wds" in done.stdout and "| arf+ldfs |" in done.stdout
+    assert "fetching flwrlabs/pacs" in done.stdout and "photo: 70 images" in done.stderr
+    assert "1670 are published" in done.stderr and "from another paper" in done.stdout
+    assert "| ldfs |" in done.stdout and "CLIPood" in done.stdout
+    assert len([*(tmp_path / "data/pacs").glob("*/*/*.png")]) == 280
+    assert (tmp_path / "data/pacs/captions.jsonl").exists()
+    # the source is photo by itself
+    done = script("run_arf.sh", "pacs", *options, "--same", 2, "--methods", "flyp", "arf+ldfs")
+    assert f"fetching {cc3m}" in done.stdout and "| arf+ldfs |" in done.stdout
     assert [f.name for f in (tmp_path / "data/cc3m").glob("*.tar")] == ["cc3m-train-0000.tar"]
-    assert {"flwrlabs/pacs/data/train-00000-of-00001.parquet", "stand-in/clip/open_clip_model.safetensors"} <= {*hub.served}
+    assert "flwrlabs/pacs/data/train-00000-of-00001.parquet" in hub.served
+    assert "stand-in/clip/open_clip_model.safetensors" in hub.served
 
     hub.shutdown()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -78,34 +97,67 @@ def test_both_scripts_from_an_empty_disk(hub, script, tiny_clip, tiny_blip2, tmp
     script("finetune.py", "pacs", "photo", *options, "--methods", "finetune")
 
 
-def test_domainnet_keeps_its_official_split(hub, tmp_path):
+DOMAINS = ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
+
+
+def serve_domainnet(hub, **features):
     for part, n in (("train", 3), ("test", 2)):
         rows = [
-            {"image": square(i), "file": f"{domain}_{cls}_{part}_{i}.png", "domain": d, "category": c, "y": c}
-            for d, domain in enumerate(data.DATASETS["domainnet"]["phrases"]) for c, cls in enumerate("ab") for i in range(n)
+            {"image": square(i), "file": f"{domain}_{y}_{part}_{i}.png", "domain": d, "label": y}
+            for d, domain in enumerate(DOMAINS) for y in range(2) for i in range(n)
         ]
-        path = hub.folder / f"datasets/wltjr1007/DomainNet/data/{part}-00000-of-00001.parquet"
-        parquet(path, rows, domain=[*data.DATASETS["domainnet"]["phrases"]], category=["a", "b"], y="int64")
+        name = f"datasets/wltjr1007/DomainNet/data/{part}-00000-of-00001.parquet"
+        parquet(hub.folder / name, rows, **features)
+
+
+def test_domainnet_keeps_its_official_split(hub, tmp_path):
+    serve_domainnet(hub, domain=DOMAINS, label=["a", "b/c"])
     dataset = load("domainnet", tmp_path)
-    assert {len(dataset.images[d]) for d in dataset.phrases} == {10}
+    assert {len(items) for items in dataset.images.values()} == {10}
+    assert dataset.classes == ["a", "b_c"]
     for seed in (0, 1):
-        parts = {part: data.split(dataset, "real", "real", part, seed) for part in ("train", "val", "test")}
-        assert all("_test_" in path for path, _ in parts["test"]) and len(parts["test"]) == 4
-        assert sorted(parts["train"] + parts["val"]) == dataset.trainable("real") and len(dataset.trainable("real")) == 6
-    assert len(data.split(dataset, "real", "sketch", "test", 0)) == 4
+        parts = ("train", "val", "test")
+        train, val, test = (dataset.split("real", "real", part, seed) for part in parts)
+        assert all("_test_" in location.path for location, _ in test) and len(test) == 4
+        assert sorted(train + val) == dataset.trainable("real") and len(train + val) == 6
+    assert len(dataset.split("real", "sketch", "test", 0)) == 4
     again = load("domainnet", tmp_path)
     assert again.images == dataset.images and again.official == dataset.official
 
 
+def test_columns_without_names_are_refused(hub, tmp_path, capsys):
+    _, meta = folders.read_meta("domainnet", tmp_path)
+    path = hub.folder / "datasets/wltjr1007/DomainNet/data/test-00000-of-00001.parquet"
+    for columns in (
+        {"domain": DOMAINS, "label": "int64"},  # numbers, which are no class's name
+        {"domain": DOMAINS, "label": ["0", "1"]},
+        {"domain": "int64", "label": ["a", "b"]},
+        {"domain": ["clp", "inf", "pnt", "qdr", "rel", "skt"], "label": ["a", "b"]},
+        {"domain": DOMAINS},
+    ):
+        serve_domainnet(hub, **columns)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            read_names(ParquetFile(path), meta)
+        said = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(said) == 1
+        assert "its columns image, domain, label should hold images, names of domains" in said[0]
+
+
+def test_columns_are_looked_at_before_all_is_fetched(hub, script, tmp_path):
+    serve_domainnet(hub, domain=DOMAINS, label="int64")
+    done = script("data.py", "domainnet", "--data", tmp_path / "data", code=2)
+    assert len(done.stderr.strip().splitlines()) == 1 and "its columns image" in done.stderr
+    assert not [*(tmp_path / "data").rglob("*.parquet")]
+
+
 def load(name, root):
     """data.load in a process of its own: huggingface_hub reads its address when it is imported."""
-    import pickle
-    import subprocess
-    import sys
-
-    code = "import data, pickle, sys; pickle.dump(data.load(*sys.argv[1:]), open('dataset.pickle', 'wb'))"
+    code = "import data, pickle, sys; dataset = data.load(*sys.argv[1:]); "
+    code += "pickle.dump(dataset, open('dataset.pickle', 'wb'))"
     env = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code, name, root], cwd=root, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, name, root]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with open(root / "dataset.pickle", "rb") as file:
         return pickle.load(file)
@@ -114,25 +166,42 @@ def load(name, root):
 def test_a_killed_download_is_no_data_set(hub, script, tmp_path):
     """What a kill left is neither taken for the data set nor in the way of it."""
     serve_pacs(hub, each=1)
-    (tmp_path / "data/.pacs.part/photo/dog").mkdir(parents=True)
-    (tmp_path / "data/.pacs.parquet.part").mkdir()
-    (tmp_path / "data/pacs").mkdir()
-    (tmp_path / "data/pacs/captions.jsonl").write_text('{"path": "photo/dog/pic_0.png", "caption": "a dog"}\n')
-    done = script("data.py", "pacs", "--data", tmp_path / "data")
-    assert "photo 7 images" in done.stdout and {f.name for f in (tmp_path / "data").iterdir()} == {"pacs"}
-    assert "a dog" in (tmp_path / "data/pacs/captions.jsonl").read_text()  # what was there before stays
+    root, line = tmp_path / "data", '{"path": "photo/dog/pic_0.png", "caption": "a dog"}\n'
+    (root / ".pacs.images/photo/dog").mkdir(parents=True)
+    (root / ".pacs.images/photo/dog/half.png").touch()
+    (root / ".pacs.part").mkdir()
+    (root / "pacs").mkdir()
+    (root / "pacs/captions.jsonl").write_text(line)
+    done = script("data.py", "pacs", "--data", root)
+    assert "photo 7 images" in done.stdout and {f.name for f in root.iterdir()} == {"pacs"}
+    assert (root / "pacs/captions.jsonl").read_text() == line  # what was there before stays
 
 
 def test_what_the_hub_lacks_is_said_in_one_line(hub, script, tmp_path):
     (hub.folder / "datasets").mkdir(parents=True)
     done = script("data.py", "office_home", "--data", tmp_path / "data", code=2)
-    assert len(done.stderr.strip().splitlines()) == 1 and "could not fetch flwrlabs/office-home" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "could not fetch flwrlabs/office-home" in done.stderr and "401" in done.stderr
     assert f"{tmp_path}/data/office_home by hand" in done.stderr
 
 
+def test_a_disk_without_room_is_said_before_all_is_fetched(hub, monkeypatch, tmp_path):
+    serve_pacs(hub, each=1)
+    code = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 9)"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [sys.executable, data.__file__, "pacs", "--data", str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "flwrlabs/pacs takes 0.0 GB" in done.stderr and "0.0 are free" in done.stderr
+    assert not [*(tmp_path / "data").rglob("*.parquet")]
+
+
 def test_imagenets_evaluation_sets_are_fetched_by_name(hub, script, tmp_path):
-    about = data.DATASETS["imagenet"]
-    names = {name for name, _ in [*about["shifted"].values(), *about["zero_shot"].values()]} - data.BY_HAND
+    _, meta = folders.read_meta("imagenet", tmp_path)
+    entries = [*meta.shifted.values(), *meta.zero_shot.values()]
+    names = {entry["folder"] for entry in entries if "by_hand" not in entry}
+    assert len(entries) == 15 and len(names) == 14
     for name in names:
         folder = hub.folder / "datasets/clip-benchmark" / name
         write_shard(folder / "test/0.tar", {"s0000000.png": square(0), "s0000000.cls": b"0"})
@@ -144,35 +213,33 @@ def test_imagenets_evaluation_sets_are_fetched_by_name(hub, script, tmp_path):
     assert "the data set imagenet is not in" in done.stderr and "image-net.org" in done.stderr
 
 
-def test_default_names(tiny_data, monkeypatch, capsys):
-    """What is asked of the hub by default is OpenAI's ViT-B/16 with QuickGELU, and the message without a network names it."""
-    import features
-
+def test_default_names(tiny_data, capsys):
+    """By default the hub is asked for OpenAI's ViT-B/16 with QuickGELU: the message says so."""
+    argv = ["tiny", "--data", str(tiny_data), "--run", str(tiny_data / "run")]
     with pytest.raises(SystemExit):
-        features.load_clip(data.arguments("").parse_args(["tiny"]), data.load("tiny", tiny_data))
+        features.load_clip(config.parse("", argv)[0])
     said = capsys.readouterr().err
-    assert "could not load ViT-B-16-quickgelu" in said and "timm/vit_base_patch16_clip_224.openai" in said
+    assert "--model ViT-B-16-quickgelu: " in said and "'openai'" in said
 
 
 def test_openais_weights_want_quickgelu(tiny_data, tmp_path, capsys):
     import open_clip
 
-    import features
-
-    config = {
-        "embed_dim": 32, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "head_width": 16},
-        "text_cfg": {"context_length": 12, "width": 32, "heads": 2, "layers": 1},
-    }
+    vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "head_width": 16}
+    text = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
+    shape = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
     for name, more in (("Tiny", {}), ("Tiny-quickgelu", {"quick_gelu": True})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(config | more))
+        (tmp_path / f"{name}.json").write_text(json.dumps(shape | more))
         open_clip.add_model_config(tmp_path / f"{name}.json")
-    torch.save(open_clip.create_model("Tiny-quickgelu").state_dict(), tmp_path / "openai-tiny.pt")
+    weights = tmp_path / "openai-tiny.pt"
+    torch.save(open_clip.create_model("Tiny-quickgelu").state_dict(), weights)
 
     def load_clip(name):
-        args = ["tiny", "photo", "--model", name, "--pretrained", str(tmp_path / "openai-tiny.pt")]
-        return features.load_clip(data.arguments("").parse_args(args), data.load("tiny", tiny_data))
+        argv = ["tiny", "photo", "--data", str(tiny_data), "--run", str(tmp_path / "run")]
+        argv += ["--model", name, "--pretrained", str(weights)]
+        return features.load_clip(config.parse("", argv)[0])
 
-    assert features.quick_gelu(load_clip("Tiny-quickgelu").model)
+    assert "QuickGELU" in str(load_clip("Tiny-quickgelu").model)
     with pytest.raises(SystemExit) as stop:
         load_clip("Tiny")
     assert stop.value.code == 2 and "Say Tiny-quickgelu" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import mapper
-from mapper import Mapper, train_mapper
+from mapper import Mapper, statistics, train_lads, train_mapper
 from methods import RECIPES, Recipe, parse_recipe
 
 
@@ -22,23 +22,85 @@ def world(n=64, d=16, classes=4, seed=0):
 
 def test_a_mapper_overfits_its_directions_and_keeps_the_class():
     z, labels, text_source, text_target, class_text = world()
-    m, seen = train_mapper(z, labels, text_source, text_target, class_text, Recipe(sigma=0.0), steps=300)
-    assert seen["follows"] > 0.85
+    m = train_mapper(z, labels, text_source, text_target, class_text, Recipe(sigma=0.0), steps=300)
+    assert statistics(m, z, text_source, text_target, 0.0)["follows"] > 0.85
     assert (m(z) @ class_text.T).argmax(1).eq(labels).float().mean() > 0.95
     assert torch.allclose(m(z).norm(dim=-1), torch.ones(len(z)), atol=1e-6)
 
 
 def test_the_pairwise_term_keeps_angles():
-    tensors = world()
-    angles = [train_mapper(*tensors, Recipe(sigma=0.0, pair=pair), steps=200)[1]["angles"] for pair in (0.0, 1.0)]
+    z, labels, text_source, text_target, class_text = world()
+    angles = []
+    for pair in (0.0, 1.0):
+        m = train_mapper(*world(), Recipe(sigma=0.0, pair=pair), steps=200)
+        angles.append(statistics(m, z, text_source, text_target, 0.0)["angles"])
     assert angles[1] < 0.5 * angles[0]
+
+
+@pytest.mark.parametrize("change", [{"pair": 0.0}, {"cls": 0.0}, {"sigma": 0.0}, {"form": "cosine"}])
+def test_each_part_of_the_loss_changes_what_is_learned(change):
+    one, other = (train_mapper(*world(), Recipe(**c), steps=3) for c in ({}, change))
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+
+
+def test_the_class_term_reads_the_synthesised_feature():
+    """With that term alone, features that do not name their class come to name it."""
+    z, labels, text_source, _, class_text = world()
+    wrong = z[torch.arange(len(z)).roll(1)]  # the image of another class
+    m = train_mapper(wrong, labels, text_source, text_source, class_text, Recipe(pair=0.0), steps=300)
+    assert (wrong @ class_text.T).argmax(1).eq(labels).float().mean() < 0.1
+    assert (m(wrong) @ class_text.T).argmax(1).eq(labels).float().mean() > 0.9
+
+
+def test_the_two_texts_get_noise_of_their_own(monkeypatch):
+    """One ε for both would cancel in their difference."""
+    z, labels, text_source, _, class_text = world()
+    drawn, true_call = [], mapper.stochastic_text
+
+    def watched(text, sigma, generator):
+        noisy = true_call(text, sigma, generator)
+        drawn.append(noisy - text)
+        return noisy
+
+    monkeypatch.setattr(mapper, "stochastic_text", watched)
+    train_mapper(z, labels, text_source, text_source, class_text, Recipe(sigma=0.1), steps=2)
+    cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(drawn[::2], drawn[1::2])]
+    assert len(cosines) == 2 and all(abs(cosine) < 0.3 for cosine in cosines)
+
+
+def test_ladss_loss_is_the_published_formula():
+    """On the unnormalised output, classes weighed by inverse frequency, halves of both."""
+    z, _, text_source, text_target, class_text = world(n=6)
+    labels = torch.tensor([0, 0, 0, 1, 2, 3])
+    m, weight = Mapper(16), 1 / torch.tensor([3.0, 1, 1, 1])
+    total = 0
+    for i in range(6):
+        output = m.net(z[i])
+        shift, delta_t = output - z[i], text_target[i] - text_source[i]
+        direction = 1 - shift @ delta_t / (shift.norm() * delta_t.norm())
+        logits = torch.stack([output @ t / output.norm() for t in class_text])
+        ce = logits.logsumexp(0) - logits[labels[i]]
+        total += direction / 6 / 2 + weight[labels[i]] / weight[labels].sum() * ce / 2
+    got = mapper.lads_loss(m, z, labels, text_source, text_target, class_text, weight)
+    assert torch.allclose(got, total, atol=1e-6)
+
+
+def test_lads_keeps_the_best_epoch_by_validation():
+    train, val = world()[:4], world(n=16, seed=1)[:4]
+    class_text, weight = world()[4], torch.ones(4) / 16
+
+    def loss(epochs):
+        m = train_lads(train, val, class_text, epochs=epochs)
+        return mapper.lads_loss(m, *val, class_text, weight).item()
+
+    assert loss(30) == min(loss(n) for n in (5, 15, 30))
 
 
 def test_training_is_deterministic_and_touches_only_the_mapper():
     tensors = world()
     before = [t.clone() for t in tensors]
     state = torch.random.get_rng_state()
-    one, two, other = (train_mapper(*tensors, RECIPES["ldfs"], seed=s, steps=5)[0] for s in (0, 0, 1))
+    one, two, other = (train_mapper(*tensors, RECIPES["ldfs"], seed=s, steps=5) for s in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before))
@@ -48,7 +110,8 @@ def test_training_is_deterministic_and_touches_only_the_mapper():
 
 def test_one_image_is_enough_not_to_fail():
     z, labels, s, k, class_text = world(n=1)
-    m, seen = train_mapper(z, labels, s, k, class_text, RECIPES["ldfs"], steps=3)
+    m = train_mapper(z, labels, s, k, class_text, RECIPES["ldfs"], steps=3)
+    seen = statistics(m, z, s, k, 0.01)
     assert m(z).isfinite().all() and all(torch.tensor(list(seen.values())).isfinite())
 
 
@@ -56,15 +119,17 @@ def test_statistics_of_known_directions():
     z, labels, s, _, class_text = world()
     step = torch.zeros(16)
     step[0] = 0.5
-    m, seen = train_mapper(z, labels, s, s + step, class_text, Recipe(sigma=0.0), steps=1)
+    m = Mapper(16)
+    seen = statistics(m, z, s, s + step, 0.0)
     assert seen["|Δt|"] == pytest.approx(0.5) and seen["spread"] == pytest.approx(1.0, abs=1e-4)
     crossed = s + torch.eye(16)[torch.arange(64) % 16]  # 16 directions at right angles, 4 images each
-    seen = train_mapper(z, labels, s, crossed, class_text, Recipe(sigma=0.0), steps=1)[1]
+    seen = statistics(m, z, s, crossed, 0.0)
     assert seen["spread"] == pytest.approx(3 / 63, abs=1e-4)
 
 
-def test_ldfs_minus_its_three_parts_is_lads():
-    assert parse_recipe("ldfs:direction=class,sigma=0,pair=0") == RECIPES["lads"]
+def test_ldfs_minus_its_three_parts_is_the_controlled_baseline():
+    assert parse_recipe("ldfs:direction=class,sigma=0,pair=0") == RECIPES["global"]
+    assert parse_recipe("global:loss=lads") == RECIPES["lads"]
 
 
 @pytest.mark.parametrize("text", [

@@ -1,54 +1,69 @@
-"""The README tells the truth: its tables come from the result files, its snippet prints what it says, its lists are whole."""
+"""The documents tell the truth: what is generated, what snippets print, where links lead."""
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-import evaluate
+from report import documents
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+WRITTEN = [
+    *ROOT.glob("*.md"), *ROOT.glob("results/**/*.md"), *ROOT.glob("emoji/*.md"),
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("results", sorted(p.parent for p in (ROOT / "results").glob("*/results.jsonl")), ids=lambda p: p.name)
-def test_tables_are_what_the_command_prints(results):
-    printed = evaluate.table(evaluate.read_results(results))
-    blocks = [b for b in printed.split("\n\n") if b.startswith("|")]
-    assert blocks and all(block.strip() in README for block in blocks)
+@pytest.mark.parametrize("name", ["results", "choices"])
+def test_generated_documents_are_what_the_command_writes(name):
+    written = (ROOT / f"{name.upper()}.md").read_text()
+    hint = "run: python -m report.documents"
+    assert written == getattr(documents, f"{name}_document")(), hint
 
 
-@pytest.mark.parametrize("name", evaluate.PUBLISHED)
-def test_published_numbers_stand_as_they_are_printed(name):
-    printed = evaluate.table([{"dataset": name, "metric": "", "split": ""}])
-    assert printed.count("|---") and printed.strip() in README
+def test_all_results_are_shown():
+    order = (ROOT / "results" / "order.txt").read_text().split()
+    assert sorted(order) == sorted(p.parent.name for p in ROOT.glob("results/*/results.jsonl"))
 
 
-def test_the_snippet_prints_what_it_says():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_results_are_small():
+    files = [path for path in ROOT.glob("results/**/*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1_000_000
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippets_run_and_print_what_they_say(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(snippet, {})
-    assert out.getvalue().strip() == snippet.strip().rsplit("# ", 1)[1]
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert out.getvalue().splitlines() == re.findall(r"^ *print\(.*\)  # (.+)$", snippet, re.M)
 
 
-def test_every_choice_is_listed():
-    """One row of the table a `CHOICE:` in the code, under the file's name."""
-    listed = re.findall(r"^\| (\w+\.py)[^|]* \| ", README.split("## Choices")[1].split("\n## ")[0], re.M)
-    for file in ROOT.glob("*.py"):
-        assert listed.count(file.name) == file.read_text().count("CHOICE:"), file.name
+def test_there_are_snippets():
+    assert SNIPPETS
 
 
-def test_files_it_links_exist():
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("file", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    text = file.read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    anchors += re.findall(r'name="(.+?)"', text)
+    for link, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]*)?\)", text):
+        assert (file.parent / link).exists(), link
+        assert link or anchor[1:] in anchors, anchor
 
 
-def test_every_source_is_credited():
-    import emoji
-
-    for name, (package, version, _) in emoji.SOURCES.items():
-        short = package.split("/")[1].replace("fluent-emoji-high-contrast", "high-contrast")
-        assert short in README and version in README, name
+def test_every_source_of_the_drawings_is_credited():
+    """By its package, or the last part of its name, and its version, in emoji/README.md."""
+    credits = (ROOT / "emoji" / "README.md").read_text()
+    found = json.loads((ROOT / "emoji" / "tables.json").read_text())
+    sources = {key.lower(): value for key, value in found.items()}["sources"]
+    for source in sources.values() if isinstance(sources, dict) else sources:
+        package, version, *_ = source.values() if isinstance(source, dict) else source
+        short = package.split("/")[-1].removeprefix("fluent-emoji-")
+        assert (package in credits or short in credits) and version in credits, package

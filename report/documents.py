@@ -1,0 +1,90 @@
+"""Write RESULTS.md, from results/ and the notes that lie there, and CHOICES.md, from the code:
+
+    python -m report.documents
+
+results/order.txt names the folders in their order; what is indented there is folded.
+"""
+
+import ast
+import re
+import tokenize
+
+from report import tables
+from report.results import read
+from utils import ROOT, write_atomically
+
+FIRST = ["losses.py", "mapper.py", "anchors.py", "finetune.py", "evaluate.py"]  # as one reads them
+# up to the end of the sentence, or of the comment
+CHOICE = re.compile(r"CHOICE[:] (.+?); alternative: (.+?)\.?(?= CHOICE[:]|\.\s+[A-Z]|$)")
+
+
+def results_document():
+    """RESULTS.md: of each folder its notes, and the tables, folded if not of accuracy."""
+    folder = ROOT / "results"
+    text = notes(folder / "notes.md")
+    for name in (folder / "order.txt").read_text().splitlines():
+        run = folder / name.strip()
+        title, _, section = notes(run / "notes.md").partition("\n")
+        rows = read(run)
+        for measure, heading, table in tables.blocks(rows) + tables.counts(rows):
+            accuracy = measure == "accuracy"
+            section += f"{heading}:\n\n{table}\n\n" if accuracy else fold(heading, table)
+        title = title.removeprefix("# ")
+        text += fold(title, section) if name.startswith(" ") else f"## {title}\n{section}"
+    text += notes(folder / "published.md")
+    names = {name for entry in tables.PUBLISHED for name in entry["datasets"]}
+    for _, heading, table in tables.published(names):
+        text += f"{heading}:\n\n{table}\n\n"
+    return text.rstrip() + "\n"
+
+
+def notes(path):
+    """Prose, its links as seen from the repository's root."""
+    return re.sub(r"\]\((\.\./)+", "](", path.read_text(encoding="utf-8").strip()) + "\n\n"
+
+
+def fold(summary, text):
+    return f"<details><summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n\n"
+
+
+def choices_document():
+    """CHOICES.md: what stands marked in the comments and docstrings of all files but the tests."""
+    paths = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if p.parent.name != "tests"]
+    rank, lines = {name: i for i, name in enumerate(FIRST)}, []
+    for path in sorted(paths, key=lambda path: (rank.get(path.name, len(rank)), str(path))):
+        file = path.relative_to(ROOT)
+        for place, *choice in choices(path.read_text(encoding="utf-8")):
+            lines.append([f"[{file}]({file}) `{place}`", *choice])
+    intro = "What the papers leave open, and how it is settled here; marked in the code."
+    return f"# Choices\n\n{intro}\n\n{tables.markdown(['where', 'choice', 'alternative'], lines)}\n"
+
+
+def choices(code):
+    """[(function or constant, choice, alternative)] in a file's text."""
+    texts, tree, found = {}, ast.parse(code), []  # {(line, column): (first line, text)}
+    for token in tokenize.generate_tokens(iter(code.splitlines(keepends=True)).__next__):
+        line, column = token.start
+        if token.type == tokenize.COMMENT:  # alone in its line it goes on from one right above
+            above = None if token.line[:column].strip() else (line - 1, column)
+            first, before = texts.pop(above, (line, ""))
+            texts[line, column] = first, before + " " + token.string.strip("# ")
+        elif token.type == tokenize.STRING:
+            texts[line, column] = line, token.string.strip('"')
+    for line, text in texts.values():
+        for paragraph in text.split("\n\n"):
+            for choice in CHOICE.findall(" ".join(paragraph.split())):
+                found.append((place_of(tree, line), *choice))
+    return found
+
+
+def place_of(tree, line):
+    """The function or class around a line, or what is defined next after it."""
+    named = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names = [node.name for node in named if node.lineno <= line <= node.end_lineno]
+    following = next(node for node in tree.body if node.end_lineno >= line)
+    return ".".join(names) or getattr(following, "name", "") or ast.unparse(following.targets[0])
+
+
+if __name__ == "__main__":
+    for file, text in (("RESULTS.md", results_document()), ("CHOICES.md", choices_document())):
+        write_atomically(ROOT / file, lambda part: part.write_text(text, encoding="utf-8"))

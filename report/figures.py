@@ -1,0 +1,144 @@
+"""The papers' figures, from what they are given; and what is kept and forgotten at several --lr:
+
+    python -m report.figures assets/rates.png runs/emoji-3d …    # from their results
+"""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pandas
+from matplotlib.figure import Figure
+
+from report.results import read
+from report.tables import label
+from utils import fail, write_atomically
+
+# colours that the colour-blind tell apart (Okabe and Ito)
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#000000"]
+MEANS = ["ID", "OOD mean", "unseen mean"]
+
+
+def save(figure, path, **layout):
+    figure.tight_layout(**layout)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    print(f"wrote {path}")
+
+
+def show(axis, location, **edge):
+    axis.imshow(location.open().resize((96, 96)))
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set(**edge)
+
+
+def draw_figure4(path, rows):
+    """LDFS's figure 4: source images, and the real ones nearest to what is synthesised from them.
+
+    rows: [(label, [(Location, whether the class is lost)])].
+    """
+    figure = Figure(figsize=(len(rows[0][1]) + 1, 1.08 * len(rows)))
+    axes = figure.subplots(len(rows), len(rows[0][1]), squeeze=False)
+    for line, (name, images) in zip(axes, rows):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        for axis, (location, lost) in zip(line, images):
+            edge = (COLOURS[1], 2.5) if lost else ("lightgrey", 0.8)
+            show(axis, location, color=edge[0], linewidth=edge[1])
+    title = "Nearest real image of each synthesised feature (framed: of another class)"
+    figure.suptitle(title, fontsize=10)
+    save(figure, path, pad=0.3, rect=(0, 0, 1, 0.985))  # the title above the images
+
+
+def draw_figure5(path, columns):
+    """ARF's figure 5: images with captions and, below each, the retrieved pair nearest to it.
+
+    columns: [(Location, caption, (score, Location, text) or None)].
+    """
+    figure = Figure(figsize=(1.5 * len(columns), 4.7))
+    axes = figure.subplots(2, len(columns), squeeze=False)
+    for (above, below), (location, caption, pair) in zip(axes.T, columns):
+        show(above, location)
+        above.set_xlabel(textwrap.fill(caption, 18, max_lines=5), fontsize=7)
+        below.set(xticks=[], yticks=[], box_aspect=1)
+        if pair:
+            show(below, pair[1])
+            below.set_xlabel(textwrap.fill(pair[2], 18, max_lines=5), fontsize=7)
+            below.set_title(f"cosine {pair[0]:.2f}", fontsize=7, pad=2)
+    axes[0][0].set_ylabel("image, its caption")
+    axes[1][0].set_ylabel("nearest pair, its text")
+    save(figure, path, pad=0.4)
+
+
+def means_of(rows):
+    """A line for each (method, α, lr of the towers), a column for each of MEANS, over seeds."""
+    points = []
+    for row in rows:
+        if (row["measure"], row["split"]) == ("accuracy", "test"):
+            domain, settings = row["domain"], row["settings"]
+            rate = settings["schedules"].get("towers", {"lr": 0})["lr"]
+            mean = "ID" if domain == settings["source"] else domain
+            points.append((label({**row, "alpha": 1}), row["alpha"], rate, mean, row["value"]))
+    frame = pandas.DataFrame(points, columns=["method", "alpha", "lr", "mean", "value"])
+    frame = frame[frame["mean"].isin(MEANS)].dropna()
+    return frame.pivot_table("value", ["method", "alpha", "lr"], "mean", sort=False)
+
+
+def draw_curve(rows, path):
+    """ARF's figure 4: ID against OOD mean, and against unseen mean, of every method along α.
+
+    Of several ways of training it is the one in which weights in between were measured last.
+    """
+    between = [row for row in rows if row["measure"] == "accuracy" and row["alpha"] != 1]
+    if not between:
+        return print("no curve: no weights in between were measured (--alphas 0.2 0.5 0.8)")
+    block = max(between, key=lambda row: row["line"])["block"]
+    rows = [row for row in rows if row["block"] == block]
+    points, seeds = means_of(rows).droplevel("lr"), len({row["seed"] for row in rows})
+    start, others = points.loc["zero-shot"].iloc[0], [mean for mean in MEANS[1:] if mean in points]
+    if not others:
+        return print("no curve: there is no other domain, nor a set of other classes")
+    figure = Figure(figsize=(5.2 * len(others), 4.4))
+    for axis, other in zip(figure.subplots(1, len(others), squeeze=False)[0], others):
+        for method, color in zip(points.index.unique("method").drop("zero-shot"), 2 * COLOURS):
+            line = pandas.concat([start.to_frame(0).T, points.loc[method]]).sort_index()  # α: 0 … 1
+            line = line.dropna(subset=[other, "ID"])
+            axis.plot(line[other], line["ID"], ".-", color=color, markersize=4, label=method)
+            for alpha, marker in ((0.5, "D"), (1, "o")):
+                there = line[line.index == alpha]
+                axis.plot(there[other], there["ID"], marker, color=color, markersize=7)
+        axis.plot(start[other], start["ID"], "k*", markersize=14, label="zero-shot (α = 0)")
+        axis.set(xlabel=f"{other}, accuracy in per cent", ylabel="ID, accuracy in per cent")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    marks = f"diamond: α = 0.5, dot: α = 1; mean of {seeds} seed{'s'[:seeds - 1]}"
+    figure.suptitle(f"From zero-shot to finetuned weights\n({marks})", fontsize=10)
+    save(figure, path)
+
+
+def draw_rates(rows, path, methods=("flyp", "arf")):
+    """ID, OOD mean and unseen mean against lr: how hard one may train before CLIP forgets.
+
+    rows: of one run or several, whose --lr differ. Dashed: α = 0.5. Grey: zero-shot.
+    """
+    points = means_of(rows)
+    means = [mean for mean in MEANS if mean in points]
+    rates = points.loc[methods[0]].index.unique("lr")  # of the towers
+    figure = Figure(figsize=(4 * len(means), 3.8))
+    for axis, mean in zip(figure.subplots(1, len(means), squeeze=False)[0], means):
+        axis.axhline(points.loc["zero-shot", mean].mean(), color="grey", label="zero-shot")
+        for method, color in zip(methods, COLOURS):
+            for alpha, line, name in ((1, "o-", method), (0.5, "o--", f"{method} α=0.5")):
+                if (method, alpha) in points.index.droplevel("lr"):
+                    values = points.loc[(method, alpha), mean].sort_index()
+                    axis.plot(values.index, values, line, color=color, label=name)
+        axis.set(xscale="log", xlabel="learning rate", ylabel=f"{mean}, accuracy in per cent")
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        fail("say where to, and of which runs: python -m report.figures rates.png runs/…")
+    draw_rates([row for run in sys.argv[2:] for row in read(run)], Path(sys.argv[1]))

@@ -1,0 +1,118 @@
+"""Data sets on disk: their description, folders {domain}/{class}/*, ImageNet's {part}/{class}/*."""
+
+import json
+import os
+import re
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+
+from data import Location, Meta
+from sets.webdataset import IMAGE_ENDINGS, read_webdatasets
+from utils import ROOT, fail, first_line, only_one_process, run_command
+
+
+def read_meta(name, root="data"):
+    """(folder, Meta) of a data set: sets/NAME.json, and what a dataset.json in the folder changes.
+
+    The folder is root/NAME, or `root` itself where it has all domains; no image is read.
+    Exits with status 2 where there is no description, or none that can be.
+    """
+    folder, shipped = Path(root, name), ROOT / "sets" / f"{name}.json"
+    description = json.loads(shipped.read_text()) if shipped.exists() else {}
+    needed = [*description.get("phrases", ["dataset.json"])]
+    if not (folder / needed[0]).exists() and all(Path(root, entry).exists() for entry in needed):
+        folder = Path(root)
+    file = folder / "dataset.json"
+    if not description and not file.exists():
+        known = {f.stem for f in (ROOT / "sets").glob("*.json")}
+        known |= {f.parent.name for f in Path(root).glob("*/dataset.json")}
+        fail(
+            f"unknown data set {name!r}. Known: {', '.join(sorted(known))}. "
+            f"Your own: a folder {folder} with a dataset.json (DATA.md)."
+        )
+    # commands, and what only ImageNet has, are for sets/ alone to say
+    known = {f.name for f in fields(Meta)} - {"made_by", "pool_made_by", "shifted", "zero_shot"}
+    try:
+        own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if unknown := {*own} - known:
+            raise ValueError(f"{min(unknown)!r} is none of {', '.join(sorted(known))}")
+        return folder, Meta(**{**description, **own})
+    except (OSError, TypeError, ValueError) as error:
+        fail(f"{file} does not describe a data set: {first_line(error)}. DATA.md shows one.")
+
+
+def get(name, folder, meta):
+    """Make or fetch a data set that is not there; exits with status 2 where that cannot be."""
+    needed = ["train", "val"] if meta.shifted else [*meta.phrases]
+    if any((folder / entry).is_dir() for entry in needed):
+        return
+    others = ", ".join(sorted(f.name for f in folder.glob("[!.]*") if f.is_dir())[:5])
+    if meta.made_by and not others:
+        only_one_process(folder)
+        run_command(f"{meta.made_by} --data {shlex.quote(str(folder.parent.absolute()))}")
+    elif meta.hub and not others:
+        from sets.hub import fetch
+
+        fetch(meta.hub["repository"], folder, ["*.parquet"], meta)
+    else:
+        fail(
+            f"the data set {name} is not in {folder}{others and f', which holds {others}'}. Put "
+            f"{', '.join(needed)} there, each with a folder per class, or link to where they lie: "
+            f"ln -s /their/folder {folder}. {meta.by_hand}"
+        )
+
+
+def read_classes(folder, part):
+    """(class folders of folder/part, items), sorted; exits with status 2 where one is empty."""
+    classes, items = sorted(f.name for f in (folder / part).glob("*") if f.is_dir()), []
+    for y, name in enumerate(classes):
+        # No deeper, unlike torchvision's make_dataset: what lies there is thumbnails and copies
+        files = [f for f in os.listdir(folder / part / name) if f.lower().endswith(IMAGE_ENDINGS)]
+        if not files:
+            fail(f"{folder / part / name} holds no images. Fill it, or remove the class from all.")
+        items += [(Location(str(folder), f"{part}/{name}/{file}"), y) for file in sorted(files)]
+    return classes, items
+
+
+def read_domains(folder, meta):
+    """What data.Dataset says of a data set in DomainBed's layout, as a dictionary of its fields."""
+    images, official, first, classes = {}, {}, next(iter(meta.phrases)), None
+    for domain in meta.phrases:
+        found, images[domain] = read_classes(folder, domain)
+        if not found:
+            fail(f"{folder / domain} holds no class folders. Get it, as {', '.join(meta.phrases)}.")
+        classes = classes or found
+        if odd := sorted({*found} ^ {*classes}):
+            fail(f"{folder / domain} has other classes than {first}: not in both: {odd[:5]}.")
+        if (file := folder / f"{domain}_test.txt").exists():  # a line: path, number of its class
+            lines = file.read_text().splitlines()
+            official[domain] = {re.sub(r" \d+$", "", line) for line in lines}
+            if official[domain].isdisjoint(location.path for location, _ in images[domain]):
+                fail(f"{file} names no image of {folder / domain}. Put another there, or none.")
+    return {
+        "meta": meta, "classes": classes, "images": images, "official": official,
+        "classnames": [name.replace("_", " ").lower() for name in classes],  # "alarm clock"
+    }
+
+
+def read_imagenet(folder, meta):
+    """Likewise of ImageNet, whose val is its test part, and of the evaluation sets beside it."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
+    (classes, train), (others, val) = (read_classes(folder, part) for part in ("train", "val"))
+    if len(classes) != 1000 or classes != others:
+        fail(
+            f"{folder}: ImageNet has the same 1000 class folders (n01440764 …) in train and in "
+            f"val, not {len(classes)} and {len(others)}."
+        )
+    names = [*IMAGENET_CLASSNAMES]  # in the order of the sorted folders
+    shifted, heads, absent = read_webdatasets(folder.parent, meta.shifted)
+    templates = {"imagenet": [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]}
+    return {
+        "meta": replace(meta, templates={**templates, **meta.templates}),
+        "classes": classes, "classnames": names, "images": {"imagenet": train + val, **shifted},
+        "official": {"imagenet": {location.path for location, _ in val}}, "absent": absent,
+        # V2 and Sketch have the same classes, and so the same head
+        "heads": {domain: head for domain, head in heads.items() if head[0] != names},
+    }

@@ -1,0 +1,115 @@
+"""What every script needs and no paper speaks of: failures, files, hashes, processes."""
+
+import datetime
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+
+
+def fail(message):
+    """Print one line that says what is wrong and how to mend it, and stop with exit status 2."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # also under a progress bar
+    sys.exit(2)
+
+
+def warn(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_atomically(path, save):
+    """Call save(temporary path) and move the outcome to `path`: a reader sees the whole file or
+    none.
+
+    Exits with status 2 where the file cannot be written; what it held before stays.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(part)
+        os.replace(part, path)
+    except OSError as error:
+        fail(f"{path}: could not be written ({error.strerror}). Make room, or name another folder.")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def run_command(command):
+    """Run "python -m emoji.draw …" with this Python, at the root; exits where it fails."""
+    words = shlex.split(command)
+    print(f"running: {command}", flush=True)
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+
+
+def short_hash(*things):
+    """20 hex digits that change with any of `things`: values of tensors, else the repr."""
+    sha = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, (list, tuple)) and thing and hasattr(thing[0], "detach"):
+            sha.update(short_hash(*thing).encode())
+        elif hasattr(thing, "detach"):
+            sha.update(thing.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            sha.update(repr(thing).encode())
+    return sha.hexdigest()[:20]
+
+
+def ranks():
+    """(rank, number of processes) under torchrun, joined at the first call; else (0, 1)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        import torch
+
+        if not torch.distributed.is_initialized():
+            the_device()  # each process its own, before they meet
+            # they meet after work of uneven length (captions of a whole data set): wait a week
+            timeout = datetime.timedelta(days=7)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timeout)
+    return int(os.environ.get("RANK", 0)), world
+
+
+def barrier():
+    """Under torchrun, wait until all processes are here."""
+    if ranks()[1] > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def leave():
+    """Under torchrun, leave the process group once no process needs another."""
+    if ranks()[1] > 1:
+        import torch
+
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def only_one_process(what):
+    """Exit with status 2 under torchrun, whose processes would all make what one is to make."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail(f"{what} is not there. One process is to make it: python data.py NAME.")
+
+
+def the_device():
+    """This process's GPU where there is one, else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
