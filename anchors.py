@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import re
-import shlex
 import sys
 import time
 from collections import Counter
@@ -26,8 +25,9 @@ import data
 import features
 import utils
 from config import flags, parse
+from distributed import barrier, leave, ranks, the_device
 from report import results
-from sets.hub import fetch_cc3m
+from sets.folders import shards_of
 from sets.webdataset import read_shard
 from utils import fail, short_hash, write_atomically
 
@@ -36,9 +36,7 @@ from utils import fail, short_hash, write_atomically
 
 
 def load_captioner(name, device):
-    """(model, processor) of any image-to-text model that AutoModelForImageTextToText knows, on the
-    Hugging Face hub or in a folder; exits with status 2 where it cannot be had.
-    """
+    """(model, processor) of an image-text-to-text model on the hub or in a folder; else exits, 2."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
@@ -86,22 +84,22 @@ def caption(config, dataset):
     path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
     name = config.captioner or dataset.meta.captioner or "Salesforce/blip2-opt-2.7b"
     by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
-    items, (rank, world) = dataset.trainable(config.source), utils.ranks()
+    items, (rank, world) = dataset.trainable(config.source), ranks()
 
     def stays(row):  # people's captions, which have no "by", always do
         return row["caption"] and (not config.captioner or row.get("by", by) == by)
 
-    done = {image for image, row in read_rows(path)[0].items() if stays(row)}
+    done = {image for image, row in data.read_rows(path)[0].items() if stays(row)}
     todo = [item for item in items[rank::world] if item[0].path not in done]
     if todo:
         part = path.with_name(f".{path.name}.part{time.time_ns()}-{rank}")
         write_captions(config, todo, data.class_texts(dataset, config.source), name, by, part)
-    utils.barrier()
+    barrier()
     if rank > 0:
         return
-    merged, parts = read_rows(path)
+    merged, parts = data.read_rows(path)
     if parts:
-        write_lines(path, [merged[image] for image in sorted(merged)])
+        data.write_rows(path, [merged[image] for image in sorted(merged)])
     for part in parts:
         part.unlink()
     rows = [merged[location.path] for location, _ in items]
@@ -119,11 +117,11 @@ def caption(config, dataset):
 def write_captions(config, items, class_prompts, name, by, part):
     """Caption `items` with the captioner `name`, a line each in the file `part`."""
     write_atomically(part, Path.touch)  # fails in one line where nothing can be written
-    model, processor = load_captioner(name, utils.the_device())
+    model, processor = load_captioner(name, the_device())
     decoding = config.prompt, config.beams, config.max_tokens
     with part.open("a", buffering=1) as file:  # line by line
         batches = features.in_order(len(items), config.caption_batch)
-        for rows in tqdm(batches, desc="captions", disable=utils.ranks()[0] > 0):
+        for rows in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
             batch, images = [items[row] for row in rows], []
             for location, _ in batch:
                 try:
@@ -140,55 +138,27 @@ def write_captions(config, items, class_prompts, name, by, part):
                 file.write(json.dumps(row) + "\n")
 
 
-def read_rows(path):
-    """{image path: row} of a captions.jsonl and of what processes wrote beside it; these files."""
-    rows = data.read_captions(path) if path.exists() else {}
-    parts = sorted(path.parent.glob(f".{path.name}.part*"))  # the earliest first
-    for part in parts:
-        whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
-        rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
-    return rows, parts
-
-
-def write_lines(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda new: new.write_text(text))
-
-
 # -------------------------------------------------------------------------------------------------
 # ITAR: image-text pairs from a pool
 
 
-def make_pool(config, meta):
-    """Locations of the pool's shards; the pool is made where the data set says how."""
-    name = meta.pool or "cc3m"
-    pool = Path(config.pool or config.data / name).absolute()
-    if not any(pool.glob("*.tar")):
-        if pool.name == name and meta.pool_made_by:
-            utils.only_one_process(pool)
-            utils.run_command(f"{meta.pool_made_by} --data {shlex.quote(str(pool.parent))}")
-        elif pool.name == "cc3m":
-            fetch_cc3m(pool)
-        else:
-            fail(f"--pool {pool}: no webdataset shards there (0.tar with KEY.jpg, KEY.txt).")
-    return [data.Location("", str(shard)) for shard in sorted(pool.glob("*.tar"))]
+def stamps(shards):
+    """What changes when one of the pool's files does."""
+    return features.stamps([(data.Location("", str(shard)), 0) for shard in shards])
 
 
 @torch.no_grad()
 def embed(clip, shard, folder):
-    """Features of a shard's images, computed once and cached in `folder`: {"z": (n, d), "rows": n
-    indices into what read_shard gives, "damaged": [name]}.
-    """
-    path, key = Path(shard.path), short_hash(clip.fingerprint, features.stamps([(shard, 0)]))
-    cache = folder / f"pool-{path.stem}-{key}.pt"
+    """A shard's features, cached in `folder`: {"z": (n, d), "rows": of read_shard, "damaged"}."""
+    cache = folder / f"pool-{shard.stem}-{short_hash(clip.fingerprint, stamps([shard]))}.pt"
     if not cache.exists():
-        pairs, damaged = read_shard(path)
+        pairs, damaged = read_shard(shard)
         items, unreadable, z, rows = [(pair[1], row) for row, pair in enumerate(pairs)], [], [], []
         load = items, clip.preprocess, features.in_order(len(items), 256), clip.device, unreadable
         for images, labels in features.image_batches(*load):
             z.append(clip.encode_image(images).half().cpu())
             rows += labels.tolist()
-        damaged += [f"{path.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]
+        damaged += [f"{shard.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]
         part = {"z": torch.cat(z) if z else torch.empty(0, 0), "rows": rows, "damaged": damaged}
         write_atomically(cache, lambda new: torch.save(part, new))
     part = torch.load(cache)
@@ -206,12 +176,8 @@ def search(queries, parts, k):
     scores, ids = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
     start = 0
     for z in (z for part in parts for z in part.split(50_000) if len(z)):
-        if len(queries) < 500:  # up to here twice as fast as FAISS, from there on slower
-            found, rows = (queries @ z.T).topk(min(k, len(z)))
-        else:
-            index = faiss.IndexFlatIP(z.shape[1])
-            index.add(z.numpy())
-            found, rows = map(torch.from_numpy, index.search(queries.numpy(), min(k, len(z))))
+        nearest = queries.numpy(), z.numpy(), min(k, len(z)), faiss.METRIC_INNER_PRODUCT
+        found, rows = map(torch.from_numpy, faiss.knn(*nearest))
         scores, order = torch.cat([scores, found], 1).sort(dim=1, descending=True, stable=True)
         ids = torch.cat([ids, rows + start], 1).gather(1, order)
         scores, ids, start = scores[:, :k], ids[:, :k], start + len(z)
@@ -222,11 +188,11 @@ def retrieve(config, dataset):
     """Embed the pool, search it, and write the pairs nearest to the source's images or classes."""
     if not any(method.retrieved for method in config.methods.values()):
         return
-    shards, (rank, world) = make_pool(config, dataset.meta), utils.ranks()
+    shards, (rank, world) = shards_of(config, dataset.meta), ranks()
     clip, cache = features.load_clip(config), config.run.parent / ".features"
     for shard in tqdm(shards[rank::world], desc="encoding the pool", disable=rank > 0):
         embed(clip, shard, cache)
-    utils.barrier()
+    barrier()
     if rank > 0:
         return
     sets = [tested for tested in (dataset, data.load_unseen(dataset)) if tested]
@@ -243,8 +209,7 @@ def retrieve(config, dataset):
     else:
         names, prompts = dataset.classes, data.prompt_templates(dataset, config.source)
         queries = features.zero_shot_head(clip, *prompts)
-    pool = features.stamps([(shard, 0) for shard in shards])
-    inputs = clip.fingerprint, pool, names, config.k, config.same
+    inputs = clip.fingerprint, stamps(shards), names, config.k, config.same
     config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
     if path.exists() and config_hash in path.open().readline():
         return print(f"{path} is there already")
@@ -262,7 +227,7 @@ def retrieve(config, dataset):
     shared = {"method": "retrieved", "domain": config.source, "split": "train"}
     rows = [{"measure": name, "value": n, "n": counts["available"]} for name, n in counts.items()]
     results.append(config, [shared | row for row in rows])
-    write_lines(path, [{"config_hash": config_hash, **counts}, *pairs])
+    data.write_rows(path, [{"config_hash": config_hash, **counts}, *pairs])
     print(f"{path}: {said} ({len(names)} queries by {config.query}, k = {config.k})")
 
 
@@ -275,7 +240,7 @@ def choose(found, parts, bench, same):
         ids = range(counts["available"], counts["available"] + len(part["rows"]))
         hits = [(row, found[i]) for row, i in enumerate(ids) if i in found]
         nearest = search(part["z"][[row for row, _ in hits]], bench, 1)[0] if hits else ()
-        pairs = read_shard(Path(shard.path))[0] if hits else ()
+        pairs = read_shard(shard)[0] if hits else ()
         for (row, queries), cosine in zip(hits, nearest):
             _, location, text, extra = pairs[part["rows"][row]]
             content = hashlib.sha256(location.read()).digest()
@@ -327,7 +292,7 @@ def main():
     if stage == "retrieve":  # ARF alone takes pairs: for its methods unless others are named
         argv = ["--paper", "arf", *argv]
     stages[stage](*parse(__doc__, argv))
-    utils.leave()
+    leave()
 
 
 if __name__ == "__main__":

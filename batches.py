@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 import data
+from distributed import ranks
 from features import image_batches
-from utils import ranks
 
 
 @dataclass
@@ -16,28 +16,28 @@ class Batch:
     """B training images and what goes with them; None: the method at hand does not use it."""
 
     labels: torch.Tensor                    # (B,)
-    features: list | None = None            # [z, ẑ^1 … ẑ^K], each (B, d), of a frozen image tower
+    z: torch.Tensor | None = None           # (B, d) features, where the image tower is frozen
     images: torch.Tensor | None = None      # (B, 3, H, W)
     prompts: torch.Tensor | None = None     # (B, L) tokens of each image's class
     captions: torch.Tensor | None = None    # (B, L) tokens of each image's caption
-    retrieved: tuple | None = None          # images (B', 3, H, W) and tokens (B', L) of their texts
+    retrieved: tuple | None = None          # images (B, 3, H, W) and tokens (B, L) of their texts
 
 
-def batches_of(clip, dataset, config, method, seed, items, features_all, captions, retrieved):
-    """epoch -> iterator of Batch. Order, augmentation and prompts hang on (seed, epoch) alone: a
-    resumed run is the uninterrupted one (on a CPU to the bit).
+def batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved):
+    """epoch -> iterator of Batch.
 
-    features_all: (N, 1 + K, d) of `items` where the image tower is frozen, else None.
+    Order, augmentation and prompts hang on (seed, epoch) alone: a resumed run is the uninterrupted
+    one (on a CPU to the bit). z_all: (N, d) of `items` where the image tower is frozen, else None.
     """
-    labels_all = torch.tensor([label for _, label in items], device=clip.device)
+    labels = torch.tensor([label for _, label in items])
     classnames, templates = data.prompt_templates(dataset, config.source)
     tokens = torch.stack([clip.tokenizer([t(name) for name in classnames]) for t in templates])
     batch_size = config.schedules[method.train].batch_size
     steps = math.ceil(len(items) / batch_size)
 
-    def views(pairs, batches):  # augmented images, and which of `pairs` they are
+    def views(pairs, order):  # augmented images, and which of `pairs` they are
         numbered = [(location, i) for i, (location, _) in enumerate(pairs)]
-        return image_batches(numbered, clip.augment, batches, clip.device)
+        return image_batches(numbered, clip.augment, order, clip.device)
 
     def batches(epoch):
         # each process augments by itself
@@ -45,27 +45,25 @@ def batches_of(clip, dataset, config, method, seed, items, features_all, caption
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         order = torch.randperm(len(items), generator=generator).split(batch_size)
         template = torch.randint(len(tokens), (len(items),), generator=generator)
-        order = shares([batch.tolist() for batch in order])
-        if features_all is not None:
-            yield from (Batch(labels_all[i], features_all[i].unbind(1)) for i in order)
+        mine = shares([rows.tolist() for rows in order])
+        if z_all is not None:
+            yield from (Batch(labels[rows].to(clip.device), z_all[rows]) for rows in mine)
             return
         if method.retrieved:
             numbers = range(epoch * steps, (epoch + 1) * steps)
-            # CHOICE: each step has as many retrieved pairs as images; alternative: one pass an
-            # epoch
+            # CHOICE: each step has as many retrieved pairs as images; alternative: a pass an epoch
             pool_order = shares([endless(len(retrieved), batch_size, seed, n) for n in numbers])
             pool_views = views(retrieved, pool_order)
-        for images, rows in views(items, order):
-            rows = rows.cpu()
-            batch = Batch(labels_all[rows], images=images)
+        for images, rows in views(items, mine):
+            batch = Batch(labels[rows].to(clip.device), images=images)
             if method.contrastive:
-                batch.prompts = tokens[template[rows], batch.labels.cpu()]
+                batch.prompts = tokens[template[rows], labels[rows]]
             if method.captions:
                 batch.captions = clip.tokenizer([captions[row] for row in rows.tolist()])
             if method.retrieved:
-                images, pool_rows = next(pool_views)
+                pool_images, pool_rows = next(pool_views)
                 texts = clip.tokenizer([retrieved[row][1] for row in pool_rows.tolist()])
-                batch.retrieved = images, texts
+                batch.retrieved = pool_images, texts
             yield batch
 
     return batches

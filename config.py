@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import data
-from methods import ABLATIONS, CACHED, parse_method, recipes_of
+from methods import ABLATIONS, parse_method, recipes_of
 from utils import fail, short_hash
 
 DEFAULT_MODEL = "ViT-B-16-quickgelu"  # both papers' backbone; OpenAI's weights want QuickGELU
@@ -17,7 +17,7 @@ PAPERS = {  # what the flags are unless they or the data set say otherwise
     },
     "arf": {
         "methods": ["finetune", "flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs"],
-        "train": "full", "seeds": 1, "alphas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        "train": "full", "seeds": 1, "alphas": [0.25, 0.5, 0.75],  # the paper's curve: all tenths
     },
 }
 
@@ -54,10 +54,13 @@ def resolve_schedules(args, dataset):
     flags = {k: v for k, v in flags.items() if v is not None}
     own = dataset.meta.schedules
     try:
-        return {k: replace(s, **{**own.get(k, {}), **flags}) for k, s in SCHEDULES.items()}
-    except TypeError:
-        known = ", ".join(f.name for f in fields(Schedule))
-        fail(f"{dataset.name}: a schedule of its description has only {known}.")
+        found = {k: replace(s, **{**own.get(k, {}), **flags}) for k, s in SCHEDULES.items()}
+        if all(s.lr > 0 and s.epochs >= 1 and s.batch_size >= 1 for s in found.values()):
+            return found
+    except TypeError:  # another name, or what is no number
+        pass
+    known = ", ".join(f.name for f in fields(Schedule))
+    fail(f"{dataset.name}: a schedule of its description has positive numbers, of {known}.")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def flags(doc):
     add = parser.add_argument_group("mapper.py and finetune.py").add_argument
     add("--mapper-steps", type=count, help="steps for each mapper (default: its recipe's)")
     add("--init", choices=["text", "scratch"], help="the head starts as the class prompts (default "
-        "with full, towers), or at random (linear)")
+        "with full, lpft, towers), or at random (linear, coop)")
     add("--unlocked-groups", type=number(int, -1), metavar="N",
         help="train only the image tower's last N groups of layers (default: all)")
     add("--epochs", type=count, help="passes over the training images (default: SCHEDULES)")
@@ -180,12 +183,14 @@ def parse(doc, argv=None):
         "run": Path(args.run or f"runs/{args.dataset}-{source.replace(' ', '_')}"),
         "model": args.model or dataset.meta.model or DEFAULT_MODEL,
         "k": args.k or dataset.meta.k,
-        "init": args.init or ("scratch" if train in CACHED else "text"),
         "seeds": args.seeds or defaults["seeds"],
         "alphas": tuple(defaults["alphas"] if args.alphas is None else args.alphas),
         "schedules": resolve_schedules(args, dataset),
     }
     apart = ("epochs", "batch_size", "lr", "ablate")  # are in schedules, and in methods
     config = Config(**{k: v for k, v in {**vars(args), **resolved}.items() if k not in apart})
-    config.run.mkdir(parents=True, exist_ok=True)
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run {config.run}: cannot be made ({error.strerror}). Name another folder.")
     return config, dataset

@@ -15,11 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps
 
-from utils import fail, warn
+from utils import fail, warn, write_atomically
 
 # CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10.
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
-CAPTION = '{"path": "photo/dog/1.jpg", "caption": "…"}'  # a line of captions.jsonl
 # what Location.open raises at a file that is no image
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -145,15 +144,15 @@ class Dataset:
         def rank(name):
             return hashlib.sha256(f"{self.name} {seed} {name}".encode()).hexdigest()
 
-        share, tested = self.meta.fractions, not self.official.get(source)
-        if not tested:  # the official test part is not among the things
-            share = {p: share[p] / (share["train"] + share["val"]) for p in ("train", "val")}
+        share, listed = self.meta.fractions, self.official.get(source)
+        # an official test part is not among the things
+        whole = share["train"] + share["val"] if listed else 1
         things_of, part_of = {}, {}  # {class: the source's things}; {(class, thing): its part}
         for at, y in self.trainable(source):
             things_of.setdefault(y, set()).add(thing(at))
         for y, things in things_of.items():
-            train = max(1, round(share["train"] * len(things)))
-            val = train + round(share["val"] * len(things)) if tested else len(things)
+            train = max(1, round(share["train"] / whole * len(things)))
+            val = len(things) if listed else train + round(share["val"] * len(things))
             for i, name in enumerate(sorted(things, key=rank)):
                 part_of[y, name] = "train" if i < train else "val" if i < val else "test"
         items = self.trainable(domain)
@@ -239,8 +238,24 @@ def read_captions(path):
             row = json.loads(line)
             rows[row["path"]] = {**row, "caption": row["caption"].strip()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{path}, line {number}: not {CAPTION}. Mend or remove it.")
+            fail(f'{path}, line {number}: not {{"path": …, "caption": …}}. Mend or remove it.')
     return rows
+
+
+def read_rows(path):
+    """{image path: row} of a captions.jsonl and of what processes wrote beside it; these files."""
+    rows = read_captions(path) if path.exists() else {}
+    parts = sorted(path.parent.glob(f".{path.name}.part*"))  # the earliest first
+    for part in parts:
+        whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
+        rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
+    return rows, parts
+
+
+def write_rows(path, rows):
+    """Write dicts as JSON lines."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda new: new.write_text(text))
 
 
 def captions(dataset, items):

@@ -26,7 +26,7 @@ from finetune import checkpoint_path
 from methods import CACHED, TRAINED
 from quality import figure4, figure5
 from report import figures, results, tables
-from utils import fail, short_hash, write_atomically
+from utils import alone, fail, short_hash, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # Accuracies
@@ -43,9 +43,9 @@ def accuracies(dataset, source, seed, features_of, head_of):
     features_of(dataset, domain, items) gives (N, d) features of [(Location, label)],
     head_of(domain) the head, or None where there is none. A domain that is not on this disk, or has
     no head, has no value.
-    CHOICE: means are over the domains that are here; of a method that has no
-    head for one of these there is none, for it would be over other domains than its rivals';
-    alternative: no mean unless all are here.
+    CHOICE: means are over the domains that are here; of a method that has no head for one of these
+    there is none, for it would be over other domains than its rivals'; alternative: no mean unless
+    all are here.
     """
     rows, value_of, comparable = [], {}, True
     domains = [(d, "test") for d in dataset.meta.phrases if d != source]
@@ -134,10 +134,16 @@ def interpolate(original, tuned, alpha):
 def measure_checkpoints(config, dataset, clip, cached):
     """Append accuracies of zero-shot CLIP and of every checkpoint, at every α."""
     unseen = data.load_unseen(dataset)
+    if unseen and config.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
+        fail(f"{unseen.name}, the unseen classes of {dataset.name}, has no domain {config.source}.")
     for domain, how_to in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
         print(f"not run: {domain} ({how_to})")
     sets = [one for one in (dataset, unseen) if one]
-    images = short_hash([stamps(items) for one in sets for items in one.images.values()])
+    tested = short_hash([stamps(items) for one in sets for items in one.images.values()], [
+        [template(name) for template in templates for name in names]
+        for one in sets for domain in one.images
+        for names, templates in [data.prompt_templates(one, config.source, domain)]
+    ], dataset.meta.fractions)
     clip_0 = {k: v.cpu().clone() for k, v in clip.model.state_dict().items()}
     text = zero_shot_head(clip, *data.prompt_templates(dataset, config.source))
     measured = {row.get("key") for row in results.rows(config.run)}
@@ -158,7 +164,7 @@ def measure_checkpoints(config, dataset, clip, cached):
         shared = {"method": name, "seed": seed}
         if name == "zero-shot":
             towers = any(m.train not in CACHED for m in config.methods.values())
-            key = short_hash(clip.fingerprint, images, seed, config.id, towers)[:12]
+            key = short_hash(clip.fingerprint, tested, seed, config.id, towers)[:12]
             if key not in measured:
                 rows = measure(cached, None, towers, seed)
                 results.append(config, [{**row, **shared, "key": key} for row in rows])
@@ -170,7 +176,7 @@ def measure_checkpoints(config, dataset, clip, cached):
         if state["optimizer"] is not None or state["fingerprint"] != clip.fingerprint:
             fail(f"{path} is unfinished, or of another model. Finish it: python finetune.py.")
         tuned, towers = state["modules"], method.train not in CACHED
-        original = {"head.weight": text, **{f"clip.{k}": v for k, v in clip_0.items()}}
+        original = {"head.weight": text, **{f"towers.{k}": v for k, v in clip_0.items()}}
         if "head.bias" in tuned:  # WiSE-FT's head, with the scale inside
             original["head.weight"] = clip.model.logit_scale.exp().cpu() * text
             original["head.bias"] = torch.zeros(len(text))
@@ -178,7 +184,7 @@ def measure_checkpoints(config, dataset, clip, cached):
         shared |= {"lambda_cap": config.lambda_cap} if method.captions else {}
         shared |= {"lambda_ret": config.lambda_ret} if method.retrieved else {}
         for alpha in (1.0, *config.alphas):
-            key = short_hash(state["config_hash"], images, alpha)[:12]
+            key = short_hash(state["config_hash"], tested, alpha)[:12]
             if key in measured:
                 continue
             mix = tuned if alpha == 1 else interpolate(original, tuned, alpha)
@@ -198,6 +204,7 @@ def measure_checkpoints(config, dataset, clip, cached):
 
 def main():
     config, dataset = parse(__doc__)
+    alone("evaluate.py")
     clip = load_clip(config)
     caches = {}
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import UNREADABLE
-from utils import fail, first_line, short_hash, the_device, write_atomically
+from distributed import the_device
+from utils import fail, first_line, short_hash, write_atomically
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Clip:
     def encode_image(self, images):
         """z: (B, d) unit-norm float32 features of images (B, 3, H, W), with their gradient."""
         with autocast(self.device):
-            z = self.model.encode_image(images.to(self.device), normalize=True)
-        return z.float()  # losses in float32: bfloat16 logits of 100 are steps of a half
+            z = self.model.encode_image(images.to(self.device))
+        return F.normalize(z.float(), dim=-1)  # float32: bfloat16 logits of 100 are steps of a half
 
     def encode_text(self, tokens):
         """t: (B, d), likewise, of tokens (B, L); texts that occur several times are encoded
@@ -48,8 +49,8 @@ class Clip:
         """
         unique, back = tokens.unique(dim=0, return_inverse=True)
         with autocast(self.device):
-            t = self.model.encode_text(unique.to(self.device), normalize=True)
-        return t.float()[back.to(self.device)]
+            t = self.model.encode_text(unique.to(self.device))
+        return F.normalize(t.float(), dim=-1)[back.to(self.device)]
 
 
 def precision(device):
@@ -90,6 +91,7 @@ def load_clip(config):
         )
         tokenizer = open_clip.get_tokenizer(base)
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+        logging.disable(logging.NOTSET)
         fail(
             f"--model {base}: could not load it ({first_line(error)[:400]}). Name another; or, if "
             "the Hugging Face hub has it, run once with a network: then it is cached."
@@ -134,8 +136,8 @@ def read_checkpoint(path):
 
 
 def towers_of(state):
-    """The state of clip.model in that of a checkpoint, which calls it "clip" beside the "head"."""
-    return {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    """The state of clip.model in a checkpoint's, which calls it "towers", beside the "head"."""
+    return {k.removeprefix("towers."): v for k, v in state.items() if k.startswith("towers.")}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -158,25 +160,31 @@ class Images(torch.utils.data.Dataset):
             return None, i  # a worker process cannot stop the program with a clear line
 
 
+def collate(batch):
+    """(images (B, C, H, W) or None, their indices, indices of unreadable images)."""
+    good = [(image, i) for image, i in batch if image is not None]
+    images, rows = torch.utils.data.default_collate(good) if good else (None, None)
+    return images, rows, [i for image, i in batch if image is None]
+
+
 def image_batches(items, transform, batches, device, unreadable=None):
-    """Yield (images (B, 3, H, W), labels (B,)) on `device` for `batches` of indices into `items`.
+    """Yield images (B, 3, H, W) on `device` and labels (B,) for `batches` of indices into `items`.
 
     At an unreadable image it exits with status 2, naming it; or, given a list, adds its label.
     """
     gpu = device.type == "cuda"
-    workers = min(8, os.cpu_count()) if gpu else 0
     loader = torch.utils.data.DataLoader(
-        Images(items, transform), batch_sampler=batches, collate_fn=list, num_workers=workers
+        Images(items, transform), batch_sampler=batches, collate_fn=collate, pin_memory=gpu,
+        num_workers=min(8, os.cpu_count()) if gpu else 0,
     )
-    for batch in loader:
-        bad = [items[i] for image, i in batch if image is None]
+    for images, rows, bad in loader:
         if bad and unreadable is None:
-            fail(f"{bad[0][0]}: not a readable image. Replace or remove it.")
+            fail(f"{items[bad[0]][0]}: not a readable image. Replace or remove it.")
         if bad:
-            unreadable += [label for _, label in bad]
-        if good := [(image, items[i][1]) for image, i in batch if image is not None]:
-            images, labels = torch.utils.data.default_collate(good)
-            yield images.to(device), labels.to(device)
+            unreadable += [items[i][1] for i in bad]
+        if images is not None:
+            labels = torch.tensor([items[i][1] for i in rows.tolist()])
+            yield images.to(device, non_blocking=True), labels
 
 
 def in_order(n, batch_size):

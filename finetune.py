@@ -20,12 +20,13 @@ import data
 from anchors import load_retrieved
 from batches import batches_of
 from config import parse
+from distributed import leave, ranks
 from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_mapper
 from methods import CACHED
 from training import fit, gathered
-from utils import fail, leave, ranks, short_hash
+from utils import fail, short_hash
 
 # -------------------------------------------------------------------------------------------------
 # The papers' steps
@@ -34,10 +35,11 @@ from utils import fail, leave, ranks, short_hash
 def ce_step(features, labels, head):
     """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's step 2; of [z] alone it is plain finetuning.
 
-    features: [z, ẑ^1 … ẑ^K], each (B, d) unit norm. labels: (B,). head: (B, d) -> logits (B, C).
+    features: [z, ẑ^1 … ẑ^K], each (B, d) unit norm. labels: (B,). head: (B, d) -> logits (B, C),
+    s · W z. LDFS's L_con is cross-entropy, ARF's (below) is CLIP's contrastive loss.
     Source: LDFS, figure 2, step 2.
-    CHOICE: every domain weighs as much as the original, as in
-    LADS's union of features; alternative: the mean over domains.
+    CHOICE: every domain weighs as much as the original, as in LADS's union of features;
+    alternative: the mean over domains.
     """
     return sum(F.cross_entropy(head(x), labels) for x in features)
 
@@ -47,28 +49,23 @@ def contrastive_step(clip, batch, mappers=(), lambda_cap=1.0, lambda_ret=1.0):
 
     Source: ARF, figure 2; FLYP (arXiv 2212.00638).
     CHOICE: λ_cap = λ_ret = 1; alternative: --lambda-cap, --lambda-ret.
-    CHOICE: a synthesised feature is contrasted with the prompts in the
-    source's words, as in LDFS's L_2; alternative: in the words of its domain.
+    CHOICE: a synthesised feature is contrasted with the prompts in the source's words, as in
+    LDFS's L_2; alternative: in the words of its domain.
     """
-    scale = clip.model.logit_scale.exp()
-    z = clip.encode_image(batch.images)                                                    # (B, d)
-    prompts = clip.encode_text(batch.prompts)                                              # (B, d)
-    loss = contrastive(z, prompts, scale)                                           # L_cl, FLYP's
-    for mapper in mappers:
-        loss = loss + contrastive(mapper(z), prompts, scale)                        # ẑ^k, LDFS's
-    if batch.captions is not None:                           # TCAG: the image is encoded once
-        captions = clip.encode_text(batch.captions)                                        # (B, d)
-        loss = loss + lambda_cap * contrastive(z, captions, scale)
-    if batch.retrieved is not None:                                                         # ITAR
-        images, texts = batch.retrieved
-        z_pool, t_pool = clip.encode_image(images), clip.encode_text(texts)               # (B', d)
-        loss = loss + lambda_ret * contrastive(z_pool, t_pool, scale)
+
+    def l_con(image, text):  # over the pairs (B, d) of all processes
+        return clip_contrastive(gathered(image), gathered(text), clip.model.logit_scale.exp())
+
+    z, t = clip.encode_image(batch.images), clip.encode_text(batch.prompts)                # (B, d)
+    loss = l_con(z, t)                                                              # L_cl, FLYP's
+    if batch.captions is not None:                               # TCAG: the image is encoded once
+        loss = loss + lambda_cap * l_con(z, clip.encode_text(batch.captions))
+    if batch.retrieved is not None:                                                          # ITAR
+        images, texts = batch.retrieved                                            # B pairs as well
+        loss = loss + lambda_ret * l_con(clip.encode_image(images), clip.encode_text(texts))
+    for mapper in mappers:                                               # LDFS's ẑ^k, if asked for
+        loss = loss + l_con(mapper(z), t)
     return loss
-
-
-def contrastive(image, text, scale):
-    """L_con over the pairs (B, d) of all processes."""
-    return clip_contrastive(gathered(image), gathered(text), scale)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -82,9 +79,10 @@ class Learner(nn.Module):
 
     def __init__(self, clip, start, mappers=(), bias=False):
         super().__init__()
-        self.head = nn.Linear(*reversed(start.shape), bias=bias, device=clip.device)
+        classes, dim = start.shape
+        self.head = nn.Linear(dim, classes, bias=bias, device=clip.device)
         self.head.weight.data.copy_(start)
-        self.encoder, self.mappers, self.scale = clip, tuple(mappers), clip.logit_scale
+        self.clip, self.mappers, self.scale = clip, tuple(mappers), clip.logit_scale
 
     def synthesise(self, z):
         """[z, ẑ^1 … ẑ^K], each (B, d).
@@ -108,21 +106,20 @@ class Linear(Learner):
     slow = False
 
     def forward(self, batch):
-        return ce_step(batch.features, batch.labels, lambda x: self.scale * x @ self.head.weight.T)
+        features = self.synthesise(batch.z)
+        return ce_step(features, batch.labels, lambda x: self.scale * x @ self.head.weight.T)
 
 
 class CoOp(Learner):
     """A learned prompt "V₁ … V_M dog." on features that stay.
 
-    Source: CoOp (arXiv 2109.01134), eq.
-    2.
-
+    Source: CoOp (arXiv 2109.01134), equation 2.
     CHOICE: M = 16, as CoOp's default, or what a short text tower leaves beside eight tokens, the
     same vectors for all classes; alternative: vectors of each class.
     """
 
-    def __init__(self, clip, start, classnames, generator):
-        super().__init__(clip, start)
+    def __init__(self, clip, start, mappers, classnames, generator):
+        super().__init__(clip, start, mappers)
         self.head.requires_grad_(False)
         text = getattr(clip.model, "text", clip.model)
         if not hasattr(text, "token_embedding"):
@@ -134,7 +131,7 @@ class CoOp(Learner):
         self.tokens = clip.tokenizer([f"{'X ' * m}{name}." for name in classnames])
         self.embedding = (text.token_embedding,)  # in a tuple: it is not this module's to train
 
-    def prompts(self):
+    def class_text(self):
         """T: (C, d) text features of the classes, unit norm."""
 
         def put(module, tokens, embedded):  # (C, L, width): start, V₁ … V_M, class, end
@@ -143,16 +140,16 @@ class CoOp(Learner):
 
         hook = self.embedding[0].register_forward_hook(put)
         try:
-            return self.encoder.encode_text(self.tokens)
+            return self.clip.encode_text(self.tokens)
         finally:
             hook.remove()
 
     def forward(self, batch):
-        class_text = self.prompts()
-        return ce_step(batch.features, batch.labels, lambda x: self.scale * x @ class_text.T)
+        features, class_text = self.synthesise(batch.z), self.class_text()
+        return ce_step(features, batch.labels, lambda x: self.scale * x @ class_text.T)
 
     def finish(self):
-        self.head.weight.data = self.prompts().detach()
+        self.head.weight.data = self.class_text().detach()
 
 
 class Full(Learner):
@@ -164,11 +161,11 @@ class Full(Learner):
     def __init__(self, clip, start, mappers, unlocked_groups):
         super().__init__(clip, clip.logit_scale * start, mappers, bias=True)
         self.head.bias.data.zero_()
-        self.clip = clip.model
-        unlock(self.clip.visual, self.clip, unlocked_groups)
+        self.towers = clip.model
+        unlock(self.towers.visual, self.towers, unlocked_groups)
 
     def forward(self, batch):
-        z = self.encoder.encode_image(batch.images)                                        # (B, d)
+        z = self.clip.encode_image(batch.images)                                           # (B, d)
         return ce_step(self.synthesise(z), batch.labels, self.head)
 
 
@@ -178,21 +175,21 @@ class Towers(Learner):
     def __init__(self, clip, start, mappers, config, dataset):
         super().__init__(clip, start, mappers)
         self.head.requires_grad_(False)
-        self.clip, self.config = clip.model, config
+        self.towers, self.config = clip.model, config
         self.prompts = data.prompt_templates(dataset, config.source)
         self.class_tokens = clip.tokenizer(data.class_texts(dataset, config.source))       # (C, L)
-        unlock(self.clip, self.clip, config.unlocked_groups)
+        unlock(self.towers, self.towers, config.unlocked_groups)
 
     def forward(self, batch):
-        z, scale = self.encoder.encode_image(batch.images), self.clip.logit_scale.exp()    # (B, d)
-        class_text = self.encoder.encode_text(self.class_tokens)                           # (C, d)
+        z, scale = self.clip.encode_image(batch.images), self.towers.logit_scale.exp()     # (B, d)
+        class_text = self.clip.encode_text(self.class_tokens)                              # (C, d)
         return ce_step(self.synthesise(z), batch.labels, lambda x: scale * x @ class_text.T)
 
     def after_step(self):
-        self.clip.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
+        self.towers.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
 
     def finish(self):
-        self.head.weight.data = zero_shot_head(self.encoder, *self.prompts).to(self.encoder.device)
+        self.head.weight.data = zero_shot_head(self.clip, *self.prompts).to(self.clip.device)
 
 
 class Contrastive(Towers):
@@ -200,7 +197,7 @@ class Contrastive(Towers):
 
     def forward(self, batch):
         weights = self.config.lambda_cap, self.config.lambda_ret
-        return contrastive_step(self.encoder, batch, self.mappers, *weights)
+        return contrastive_step(self.clip, batch, self.mappers, *weights)
 
 
 def unlock(module, model, groups):
@@ -218,51 +215,55 @@ def checkpoint_path(config, name, seed):
     return config.run / "checkpoints" / f"{name}-seed{seed}-{config.id}.pt"
 
 
-def finetune(clip, dataset, config, name, method, seed):
-    """Finetune `clip` in place by one method with one seed, or go on; returns the Learner."""
+def finetune(clip, dataset, config, name, method, seed, init=None):
+    """Finetune `clip` in place by one method with one seed, or go on; returns the Learner.
+
+    CHOICE: a linear probe starts at random, as probes do; a tower's head, and the probe of LP-FT,
+    as the class prompts, as in WiSE-FT, for the gradients of a random head would spoil the tower;
+    alternative: --init.
+    """
     items = dataset.split(config.source, config.source, "train", seed)
-    prompts = data.prompt_templates(dataset, config.source)
+    classnames, templates = data.prompt_templates(dataset, config.source)
     clip.model.requires_grad_(False)
-    class_text = zero_shot_head(clip, *prompts)                                            # (C, d)
+    class_text = zero_shot_head(clip, classnames, templates)                               # (C, d)
     generator = torch.Generator().manual_seed(seed)
     scratch = torch.randn(class_text.shape, generator=generator) / class_text.shape[1] ** 0.5
-    start = class_text if config.init == "text" else scratch       # rows of about unit norm
+    init = init or config.init or ("scratch" if method.train in CACHED else "text")
+    start = class_text if init == "text" else scratch                  # rows of about unit norm
     mappers = [
         load_mapper(config.run, method.recipe, domain, seed, clip.fingerprint, clip.device)
         for domain in (dataset.styles(config.source) if method.recipe else ())
     ]
     if method.train == "lpft":  # the probe is trained first: LP-FT (arXiv 2202.10054)
         linear = replace(method, train="linear")
-        probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed)
+        probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed, init)
         start = probe.head.weight.data
     captions = data.captions(dataset, items) if method.captions else ()
     retrieved = load_retrieved(config.run, dataset, items) if method.retrieved else ()
 
-    features_all, schedule = None, config.schedules[method.train]
-    if method.train in CACHED:  # nothing moves: z and ẑ are made once
+    z_all = None
+    if method.train in CACHED:  # nothing moves: encoded once
         z_all = cached_features(clip, dataset, config.source, config.run)(items).to(clip.device)
-        features_all = torch.stack([z_all, *(mapper(z_all) for mapper in mappers)], dim=1)
     if method.train == "linear":
-        learner = Linear(clip, start)
+        learner = Linear(clip, start, mappers)
     elif method.train == "coop":
-        learner = CoOp(clip, start, dataset.classnames, generator)
+        learner = CoOp(clip, start, mappers, classnames, generator)
     elif method.train in ("full", "lpft"):
         learner = Full(clip, start, mappers, config.unlocked_groups)
     else:
         strategy = Contrastive if method.contrastive else Towers
         learner = strategy(clip, start, mappers, config, dataset)
-    texts = [(location.offset, text) for location, text in retrieved]
-    parameters = [p for mapper in mappers for p in mapper.parameters()]
+    # what goes in, not what is computed from it, which differs in the last bits between machines
     config_hash = short_hash(
-        config.id, asdict(method), seed, clip.fingerprint, stamps(items), captions, texts,
-        parameters, start, [template(prompts[0][0]) for template in prompts[1]], prompts[0],
+        config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
+        [(location.offset, text) for location, text in retrieved],
+        [p for mapper in mappers for p in mapper.parameters()], classnames,
+        [template(classnames[0]) for template in templates],
+        data.class_texts(dataset, config.source),
     )
-    batches = batches_of(
-        clip, dataset, config, method, seed, items, features_all, captions, retrieved
-    )
-    steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
-    path = checkpoint_path(config, name, seed)
-    fit(learner, batches, steps_per_epoch, schedule, path, config_hash)
+    schedule, path = config.schedules[method.train], checkpoint_path(config, name, seed)
+    batches = batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved)
+    fit(learner, batches, math.ceil(len(items) / schedule.batch_size), schedule, path, config_hash)
     return learner
 
 

@@ -90,8 +90,7 @@ def clip_contrastive(image, text, logit_scale):
 
     image, text: F and G, (B, d), unit norm, row i of one belonging to row i of the other.
     logit_scale: s, the factor itself. Equal to open_clip.ClipLoss.
-    Source: CLIP (arXiv 2103.00020,
-    figure 3); ARF uses it for all of its terms.
+    Source: CLIP (arXiv 2103.00020, figure 3); ARF uses it for all of its terms.
     """
     targets = torch.arange(len(image), device=image.device)
     image_to_text = F.cross_entropy(logit_scale * image @ text.T, targets)

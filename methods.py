@@ -96,6 +96,8 @@ def parse_recipe(text):
         fail(f"recipe {text!r}: sigma, pair and cls are numbers from 0 up.")
     allowed = {"direction": ("caption", "class", "domain"), "form": ("angle", "cosine")}
     allowed["loss"] = ("ldfs", "lads")
+    if recipe.loss == "lads" and recipe != replace(RECIPES["lads"], direction=recipe.direction):
+        fail(f"recipe {text!r}: of LADS as published only direction varies; vary global instead.")
     for key, values in allowed.items():
         if getattr(recipe, key) not in values:
             fail(f"recipe {text!r}: {key} is {' or '.join(values)}.")

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
-case " $* " in *" --help "*) exec python3 finetune.py --help ;; esac
+case " $* " in *" -h "* | *" --help "*) exec python3 finetune.py --help ;; esac
 
 python3 anchors.py retrieve --paper arf "$@"   # image-text pairs: runs/…/retrieved.jsonl
 python3 anchors.py caption --paper arf "$@"    # captions.jsonl beside the images

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
-case " $* " in *" --help "*) exec python3 finetune.py --help ;; esac
+case " $* " in *" -h "* | *" --help "*) exec python3 finetune.py --help ;; esac
 
 python3 anchors.py caption "$@"     # a caption for every source image: captions.jsonl beside them
 python3 mapper.py "$@"              # step 1: runs/…/mappers/

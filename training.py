@@ -3,40 +3,41 @@
 import math
 
 import torch
+import torch.distributed.nn
 import torch.nn as nn
 from tqdm import tqdm
 
-from utils import ranks, write_atomically
+from distributed import ranks
+from utils import write_atomically
 
 
 def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash):
-    """Train `learner` (see Learner in finetune.py), or go on from `checkpoint` where its
-    `config_hash` is the same.
+    """Train `learner` (a Learner of finetune.py), or go on from a checkpoint of one config_hash.
 
     batches: epoch -> iterator of what learner(batch) makes a loss of.
-    Raises FloatingPointError at
-    a loss, or at the end a weight, that is not finite, naming the step.
+    Raises FloatingPointError at a loss or a weight that is not finite, naming the step.
     """
     parameters = [p for p in learner.parameters() if p.requires_grad]
     weight_decay = schedule.weight_decay
     optimizer = torch.optim.AdamW(parameters, schedule.lr, weight_decay=weight_decay, fused=True)
-    step, last = 0, schedule.epochs * steps_per_epoch
+    first, last = 0, schedule.epochs * steps_per_epoch
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=learner.encoder.device)
+        state = torch.load(checkpoint, map_location=learner.clip.device)
         if state["config_hash"] == config_hash:
             learner.load_state_dict(state["modules"])
-            step = state["epoch"] * steps_per_epoch
-            if step < last:
+            first = state["epoch"]
+            if first < schedule.epochs:
                 optimizer.load_state_dict(state["optimizer"])
-    epochs = range(step // steps_per_epoch, schedule.epochs)
-    for epoch in tqdm(epochs, checkpoint.stem, unit="epoch", leave=False, disable=ranks()[0] > 0):
-        for batch in batches(epoch):
+        del state
+    epochs, silent = range(first, schedule.epochs), ranks()[0] > 0
+    for epoch in tqdm(epochs, checkpoint.stem, unit="epoch", leave=False, disable=silent):
+        for step, batch in enumerate(batches(epoch), epoch * steps_per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, last, schedule)
             loss = learner(batch)
             if not loss.isfinite():
-                loss = loss.item()
-                raise FloatingPointError(f"{checkpoint.stem}: the loss is {loss} at step {step}")
+                name = checkpoint.stem
+                raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step}")
             optimizer.zero_grad()
             loss.backward()
             average_gradients(parameters)
@@ -44,18 +45,17 @@ def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash):
                 nn.utils.clip_grad_norm_(parameters, schedule.max_norm)
             optimizer.step()
             learner.after_step()
-            step += 1
         done = epoch + 1 == schedule.epochs
         if not all(p.isfinite().all() for p in parameters):
-            raise FloatingPointError(f"{checkpoint.stem}: not finite after step {step - 1}")
+            raise FloatingPointError(f"{checkpoint.stem}: not finite after step {step}")
         if done:
             learner.finish()
         if ranks()[0] == 0 and (done or learner.slow):
-            state = {"modules": learner.state_dict(), "epoch": epoch + 1}
-            state["config_hash"] = config_hash
-            clip = learner.encoder
-            state |= {"base": clip.base, "fingerprint": clip.fingerprint}
-            state["optimizer"] = None if done else optimizer.state_dict()
+            state = {
+                "modules": learner.state_dict(), "epoch": epoch + 1, "config_hash": config_hash,
+                "base": learner.clip.base, "fingerprint": learner.clip.fingerprint,
+                "optimizer": None if done else optimizer.state_dict(),
+            }
             write_atomically(checkpoint, lambda part: torch.save(state, part))
 
 

@@ -1,6 +1,5 @@
 """What every script needs and no paper speaks of: failures, files, hashes, processes."""
 
-import datetime
 import hashlib
 import os
 import shlex
@@ -67,49 +66,13 @@ def short_hash(*things):
     return sha.hexdigest()[:20]
 
 
-def ranks():
-    """(rank, number of processes) under torchrun, joined at the first call; else (0, 1)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        import torch
-
-        if not torch.distributed.is_initialized():
-            the_device()  # each process its own, before they meet
-            # they meet after work of uneven length (captions of a whole data set): wait a week
-            timeout = datetime.timedelta(days=7)
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, timeout=timeout)
-    return int(os.environ.get("RANK", 0)), world
-
-
-def barrier():
-    """Under torchrun, wait until all processes are here."""
-    if ranks()[1] > 1:
-        import torch
-
-        torch.distributed.barrier()
-
-
-def leave():
-    """Under torchrun, leave the process group once no process needs another."""
-    if ranks()[1] > 1:
-        import torch
-
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+def alone(script):
+    """Exit with status 2 under torchrun, for what takes one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail(f"{script} takes one process: run it without torchrun.")
 
 
 def only_one_process(what):
     """Exit with status 2 under torchrun, whose processes would all make what one is to make."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail(f"{what} is not there. One process is to make it: python data.py NAME.")
-
-
-def the_device():
-    """This process's GPU where there is one, else the CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())

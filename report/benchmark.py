@@ -12,9 +12,9 @@ from torch.utils.benchmark import Timer
 
 from batches import Batch
 from config import DEFAULT_MODEL, Parser, number
+from distributed import the_device
 from features import Clip, precision
 from finetune import ce_step, contrastive_step
-from utils import the_device
 
 
 def finetuning(method, name, batch_size, device, classes=1000):
@@ -72,15 +72,15 @@ def main():
     for flag, default in (("--batch-size", 512), ("--caption-batch", 32), ("--steps", 10)):
         parser.add_argument(flag, type=number(int, 0), default=default)
     args, device, memory = parser.parse_args(), the_device(), ""
-    if args.model not in open_clip.list_models():
-        parser.error(f"--model {args.model}: open_clip knows no such architecture")
     threads = torch.get_num_threads()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
     for what in known if "all" in args.what else args.what:
-        name, n = args.model, args.batch_size
         if what == "captions":
             name, n = "BLIP-2-opt-2.7b", args.caption_batch
-        step = captioning(n, device) if what == "captions" else finetuning(what, name, n, device)
+            step = captioning(n, device)
+        else:
+            name, n = args.model, args.batch_size
+            step = finetuning(what, name, n, device)
         # it warms up, and waits for the GPU
         timer = Timer("step()", globals={"step": step}, num_threads=threads)
         if device.type == "cuda":

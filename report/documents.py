@@ -7,13 +7,14 @@ results/order.txt names the folders in their order; what is indented there is fo
 
 import ast
 import re
-import tokenize
 
 from report import tables
 from report.results import read
 from utils import ROOT, write_atomically
 
 FIRST = ["losses.py", "mapper.py", "anchors.py", "finetune.py", "evaluate.py"]  # as one reads them
+# a docstring, comments in lines of their own, or one behind code
+BLOCK = re.compile(r'(?s:""".+?""")|(?m:^ *#.*\n)+|#.*')
 # up to the end of the sentence, or of the comment
 CHOICE = re.compile(r"CHOICE[:] (.+?); alternative: (.+?)\.?(?= CHOICE[:]|\.\s+[A-Z]|$)")
 
@@ -49,9 +50,9 @@ def fold(summary, text):
 
 def choices_document():
     """CHOICES.md: what stands marked in the comments and docstrings of all files but the tests."""
-    paths = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if p.parent.name != "tests"]
-    rank, lines = {name: i for i, name in enumerate(FIRST)}, []
-    for path in sorted(paths, key=lambda path: (rank.get(path.name, len(rank)), str(path))):
+    paths, lines = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]), []
+    paths = [path for path in paths if path.parent.name != "tests"]
+    for path in dict.fromkeys([*(ROOT / name for name in FIRST), *paths]):
         file = path.relative_to(ROOT)
         for place, *choice in choices(path.read_text(encoding="utf-8")):
             lines.append([f"[{file}]({file}) `{place}`", *choice])
@@ -61,16 +62,10 @@ def choices_document():
 
 def choices(code):
     """[(function or constant, choice, alternative)] in a file's text."""
-    texts, tree, found = {}, ast.parse(code), []  # {(line, column): (first line, text)}
-    for token in tokenize.generate_tokens(iter(code.splitlines(keepends=True)).__next__):
-        line, column = token.start
-        if token.type == tokenize.COMMENT:  # alone in its line it goes on from one right above
-            above = None if token.line[:column].strip() else (line - 1, column)
-            first, before = texts.pop(above, (line, ""))
-            texts[line, column] = first, before + " " + token.string.strip("# ")
-        elif token.type == tokenize.STRING:
-            texts[line, column] = line, token.string.strip('"')
-    for line, text in texts.values():
+    tree, found = ast.parse(code), []
+    for block in BLOCK.finditer(code):
+        line = code.count("\n", 0, block.start()) + 1
+        text = re.sub(r"^ *# ?", "", block[0].strip('"'), flags=re.MULTILINE)
         for paragraph in text.split("\n\n"):
             for choice in CHOICE.findall(" ".join(paragraph.split())):
                 found.append((place_of(tree, line), *choice))

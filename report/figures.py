@@ -74,7 +74,7 @@ def means_of(rows):
     for row in rows:
         if (row["measure"], row["split"]) == ("accuracy", "test"):
             domain, settings = row["domain"], row["settings"]
-            rate = settings["schedules"].get("towers", {"lr": 0})["lr"]
+            rate = settings["schedules"]["towers"]["lr"]
             mean = "ID" if domain == settings["source"] else domain
             points.append((label({**row, "alpha": 1}), row["alpha"], rate, mean, row["value"]))
     frame = pandas.DataFrame(points, columns=["method", "alpha", "lr", "mean", "value"])
@@ -114,18 +114,18 @@ def draw_curve(rows, path):
     save(figure, path)
 
 
-def draw_rates(rows, path, methods=("flyp", "arf")):
-    """ID, OOD mean and unseen mean against lr: how hard one may train before CLIP forgets.
+def draw_rates(rows, path):
+    """ID, OOD mean and unseen mean of FLYP and ARF against lr: when does CLIP forget?
 
     rows: of one run or several, whose --lr differ. Dashed: α = 0.5. Grey: zero-shot.
     """
     points = means_of(rows)
     means = [mean for mean in MEANS if mean in points]
-    rates = points.loc[methods[0]].index.unique("lr")  # of the towers
+    rates = points.loc["flyp"].index.unique("lr")  # of the towers
     figure = Figure(figsize=(4 * len(means), 3.8))
     for axis, mean in zip(figure.subplots(1, len(means), squeeze=False)[0], means):
         axis.axhline(points.loc["zero-shot", mean].mean(), color="grey", label="zero-shot")
-        for method, color in zip(methods, COLOURS):
+        for method, color in zip(("flyp", "arf"), COLOURS):
             for alpha, line, name in ((1, "o-", method), (0.5, "o--", f"{method} α=0.5")):
                 if (method, alpha) in points.index.droplevel("lr"):
                     values = points.loc[(method, alpha), mean].sort_index()

@@ -19,10 +19,6 @@ DEFAULTS = {
     "alpha": 1, "lambda_cap": 1, "lambda_ret": 1,
     "key": "",      # whatever changes when the value is to be measured anew
 }
-CELL = ("domain", "value", "n")
-THING = (
-    "block", "method", "alpha", "lambda_cap", "lambda_ret", "domain", "split", "measure", "seed",
-)
 
 
 def block_of(settings, measure="accuracy"):
@@ -51,13 +47,14 @@ def append(config, new):
     settings = json.loads(json.dumps(settings, default=str))  # as they will be read
     name, lines = short_hash(json.dumps(settings, sort_keys=True))[:8], {}
     known = {thing(row): row for row in rows(config.run)}
+    cell = ("domain", "value", "n")
     for row in new:
         row = {**DEFAULTS, **{k: v for k, v in row.items() if v is not None}}
         if row["value"] is not None:
             row["value"] = round(row["value"], 6)  # float32 has no more
         old = known.get(thing({**row, "block": block_of(settings, row["measure"])}))
         if old is None or any(old[k] != row[k] for k in ("value", "n", "key")):
-            shared = {k: v for k, v in row.items() if k not in CELL and v != DEFAULTS.get(k)}
+            shared = {k: v for k, v in row.items() if k not in cell and v != DEFAULTS.get(k)}
             line = lines.setdefault(json.dumps(shared), {"config": name, **shared, "values": {}})
             line["values"][row["domain"]] = [row["value"], row["n"]]
     if lines:
@@ -97,4 +94,6 @@ def read(run):
 
 def thing(row):
     """What a row is about."""
-    return tuple(row[column] for column in THING)
+    weights = ("alpha", "lambda_cap", "lambda_ret")
+    columns = ("block", "method", *weights, "domain", "split", "measure", "seed")
+    return tuple(row[column] for column in columns)

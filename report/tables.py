@@ -69,7 +69,7 @@ def compare(rows):
     if "flyp" in names:
         short = {source: "ID", "OOD mean": "OOD", "unseen mean": "unseen"}
         compared = {f"{short[d]} less flyp": (d, "flyp") for d in short if d in domains}
-    elif rows[0]["measure"] == "accuracy":
+    elif rows[0]["measure"] == "accuracy" and "OOD mean" in means:
         compared = {f"less {m}": ("OOD mean", m) for m in ("finetune", "lads") if m in names}
     # of unseen classes in the styles of this very set their mean is enough
     shown = [d for d in domains if d.removeprefix("unseen ") not in {*domains} - {d}]
@@ -77,18 +77,17 @@ def compare(rows):
     heads = [f"ID ({d})" if d == source else d for d in shown] + [*compared]
     heads = ["method", "trained"][:1 + several] + heads + [f"{d}, seed by seed" for d in means]
 
-    frame = pandas.DataFrame(rows).assign(label=[label(row) for row in rows]).dropna(subset="value")
-    groups, nothing = frame.groupby(["label", "domain"]), pandas.Series(dtype=float)
-    of = {key: group.set_index("seed")["value"].sort_index() for key, group in groups}
-    lines = []
+    frame = pandas.DataFrame(rows).assign(label=[*map(label, rows)]).astype({"value": float})
+    frame, lines = frame.pivot(index=["label", "seed"], columns="domain", values="value"), []
     for name, row in {label(row): row for row in rows}.items():
-        cells = [name, row["trained"]][:1 + several]
-        cells += [mean_and_deviation(of.get((name, d), nothing)) or "not run" for d in shown]
+        seeds, cells = frame.loc[name], [name, row["trained"]][:1 + several]
+        cells += [mean_and_deviation(seeds[d].dropna()) or "not run" for d in shown]
         for domain, method in compared.values():
-            rival = label({**row, "method": method, "lambda_cap": 1, "lambda_ret": 1})
-            less = of.get((name, domain), nothing) - of.get((rival, domain), nothing)
-            cells += [mean_and_deviation(less.dropna()) if rival != name else ""]
-        cells += [" ".join(f"{v:.1f}" for v in of.get((name, d), nothing)) for d in means]
+            rival, less = label({**row, "method": method, "lambda_cap": 1, "lambda_ret": 1}), []
+            if rival != name and rival in frame.index:
+                less = (seeds[domain] - frame.loc[rival][domain]).dropna()
+            cells.append(mean_and_deviation(less))
+        cells += [" ".join(f"{v:.1f}" for v in seeds[d].dropna()) for d in means]
         lines.append(cells)
     return markdown(heads, lines)
 

@@ -32,14 +32,35 @@ def read_meta(name, root="data"):
             f"Your own: a folder {folder} with a dataset.json (DATA.md)."
         )
     # commands, and what only ImageNet has, are for sets/ alone to say
-    known = {f.name for f in fields(Meta)} - {"made_by", "pool_made_by", "shifted", "zero_shot"}
+    keys = {f.name for f in fields(Meta)} - {"made_by", "pool_made_by", "shifted", "zero_shot"}
     try:
         own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if unknown := {*own} - known:
-            raise ValueError(f"{min(unknown)!r} is none of {', '.join(sorted(known))}")
+        if unknown := {*own} - keys:
+            raise ValueError(f"{min(unknown)!r} is none of {', '.join(sorted(keys))}")
         return folder, Meta(**{**description, **own})
     except (OSError, TypeError, ValueError) as error:
         fail(f"{file} does not describe a data set: {first_line(error)}. DATA.md shows one.")
+
+
+def make(folder, command):
+    """Run the `command` by which a description makes the data set, or the pool, in `folder`."""
+    only_one_process(folder)
+    run_command(f"{command} --data {shlex.quote(str(folder.parent.absolute()))}")
+
+
+def shards_of(config, meta):
+    """The pool's shards; without --pool they are made, or fetched, where there are none."""
+    pool = Path(config.pool or config.data / (meta.pool or "cc3m")).absolute()
+    if not any(pool.glob("*.tar")):
+        if config.pool is None and meta.pool_made_by:
+            make(pool, meta.pool_made_by)
+        elif pool.name == "cc3m":
+            from sets.hub import fetch_cc3m
+
+            fetch_cc3m(pool)
+        else:
+            fail(f"--pool {pool}: no webdataset shards there (0.tar with KEY.jpg, KEY.txt).")
+    return sorted(pool.glob("*.tar"))
 
 
 def get(name, folder, meta):
@@ -49,8 +70,7 @@ def get(name, folder, meta):
         return
     others = ", ".join(sorted(f.name for f in folder.glob("[!.]*") if f.is_dir())[:5])
     if meta.made_by and not others:
-        only_one_process(folder)
-        run_command(f"{meta.made_by} --data {shlex.quote(str(folder.parent.absolute()))}")
+        make(folder, meta.made_by)
     elif meta.hub and not others:
         from sets.hub import fetch
 

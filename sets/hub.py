@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import data
 from sets.folders import read_meta
-from utils import fail, only_one_process, write_atomically
+from utils import fail, first_line, only_one_process, write_atomically
 
 
 def fetch(repository, folder, patterns, meta=None):
@@ -46,10 +46,9 @@ def fetch(repository, folder, patterns, meta=None):
         snapshot_download(repository, **wanted, revision=first.commit_hash)
     except Exception as error:  # no network, no such repository, HF_HUB_OFFLINE, a full disk
         cause = error.__cause__ if isinstance(error, DryRunError) else error
-        reason = " ".join(str(cause).split())[:300].rstrip(".") or type(cause).__name__
         fail(
-            f"could not fetch {repository} from the Hugging Face hub: {reason}. Run again, it "
-            f"goes on where it stopped; or put the data into {folder} by hand (DATA.md)."
+            f"could not fetch {repository} from the Hugging Face hub: {first_line(cause)}. Run "
+            f"again, it goes on where it stopped; or put the data into {folder} by hand (DATA.md)."
         )
     if meta:
         write_folders(part, folder, meta)

@@ -16,10 +16,15 @@ def read_shard(path, text_ending="txt"):
     An image is KEY.jpg, .png or .webp, its text KEY.txt (or another ending), what else is known of
     it KEY.json (optional). Only tar headers, texts and JSON are read.
     """
-    images, texts, extras, bad = {}, {}, {}, []
+    images, texts, extras, bad, end = {}, {}, {}, [], 0
+    damage = "{}: what begins at byte {} (damaged header)"
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) or (member := behind_damage(tar, path, bad)):
+        # tarfile takes a damaged header for the tar's end, unless it is to ignore zeros
+        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
+            for member in tar:
+                if member.offset > end and not tar.pax_headers:  # (they are no member)
+                    bad.append(damage.format(path.name, end))
+                end = tar.offset
                 key, _, ending = member.name.rpartition(".")
                 if f".{ending}" in IMAGE_ENDINGS:
                     at = member.offset_data, member.size
@@ -31,27 +36,14 @@ def read_shard(path, text_ending="txt"):
                         extras[key] = json.loads(tar.extractfile(member).read())
                     except ValueError:
                         bad.append(f"{path.name}: {member.name} (not JSON)")
+            tar.fileobj.seek(end)
+            if tar.fileobj.read().strip(b"\0"):
+                bad.append(damage.format(path.name, end))
     except (tarfile.TarError, OSError, EOFError) as error:
         bad.append(f"{path.name} after {len(images)} images ({error})")
     bad += [f"{path.name}: {key} (no text)" for key in images if not texts.get(key)]
     whole = [key for key in images if texts.get(key)]
     return [(key, images[key], texts[key], extras.get(key, {})) for key in whole], bad
-
-
-def behind_damage(tar, path, bad):
-    """The first member behind a damaged header, which `bad` then names; None at the tar's end.
-
-    tarfile takes a damaged header for the end: but there the rest is zeros.
-    """
-    tar.fileobj.seek(tar.offset)
-    if not tar.fileobj.read(512).strip(b"\0"):
-        return None
-    bad.append(f"{path.name}: what begins at byte {tar.offset} (damaged header)")
-    while block := tar.fileobj.read(512):
-        if block[257:262] == b"ustar":
-            tar.offset = tar.fileobj.tell() - 512
-            return tar.next() or behind_damage(tar, path, bad)
-    return None
 
 
 def read_webdatasets(root, sets):

@@ -141,7 +141,7 @@ def test_captions_of_other_origin_stay_and_another_captioners_are_made_again(
     path = tiny_data / "tiny" / "captions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0]["by"], rows[1]["caption"] = "another captioner", " "
-    anchors.write_lines(path, [row for row in rows if row["path"] != "photo/dog/3.png"])
+    data.write_rows(path, [row for row in rows if row["path"] != "photo/dog/3.png"])
     monkeypatch.setattr(anchors, "caption_images", lambda m, p, images, *_: ["new"] * len(images))
     call(monkeypatch, "caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2)
     new = {path for path, caption in captions_of(tiny_data).items() if caption == "new"}
@@ -359,7 +359,7 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         {"path": at.file, "offset": at.offset, "size": at.size, "text": text, "queries": q}
         for (_, at, text, _), q in zip(read_shard(tmp_path / "pool.tar")[0], queries)
     ]
-    anchors.write_lines(tmp_path / "retrieved.jsonl", [{"config_hash": ""}, *rows])
+    data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": ""}, *rows])
     got = anchors.load_retrieved(tmp_path, dataset, [photos[one]])
     assert [text for _, text in got] == ["text 1", "text 2", "text 3"]
     assert got[0][0].open().size == (16, 16)
@@ -368,7 +368,7 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         with pytest.raises(SystemExit):
             anchors.load_retrieved(other, dataset, [photos[two]])
         assert reason in capsys.readouterr().err
-        anchors.write_lines(other / "retrieved.jsonl", [{"config_hash": ""}, *rows[:2]])
+        data.write_rows(other / "retrieved.jsonl", [{"config_hash": ""}, *rows[:2]])
 
 
 def test_no_pool_is_one_line(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""evaluate.py and quality.py: accuracies, α, the figures' measures, against values worked out by hand."""
+"""evaluate.py and quality.py: accuracies, α, the figures' measures, against values worked out by
+hand.
+"""
 
 import json
 
@@ -56,7 +58,9 @@ def test_unseen_classes_and_their_mean(tiny_data):
 
 
 def test_interpolated_weights_lie_on_the_line():
-    """WiSE-FT: the ends are the ends, the middle is the mean, and counters are the finetuned model's."""
+    """WiSE-FT: the ends are the ends, the middle is the mean, and counters are the finetuned
+    model's.
+    """
     a = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)}
     b = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(3)}
     for alpha, w in ((0, [0.0, 2.0]), (0.5, [0.5, 3.0]), (0.25, [0.25, 2.5]), (1, [1.0, 4.0])):
@@ -92,7 +96,9 @@ def test_consistency_of_known_neighbours():
 
 
 def test_a_head_of_fewer_classes_is_a_masked_head():
-    """ImageNet-A and -R: the argmax among their own names is that of the whole head, all others masked."""
+    """ImageNet-A and -R: the argmax among their own names is that of the whole head, all others
+    masked.
+    """
     generator = torch.Generator().manual_seed(0)
     weight, z = torch.randn(10, 4, generator=generator), torch.randn(50, 4, generator=generator)
     bias = torch.randn(10, generator=generator)
@@ -159,7 +165,9 @@ def test_what_is_measured_is_not_measured_again_but_changed_images_are(run, tiny
 
 
 def test_heads_and_unseen_classes_are_in_the_sources_words(tiny_data, tiny_clip, tmp_path):
-    """… at evaluation, too, whatever domain is looked at; unseen classes have a head of their own names."""
+    """… at evaluation, too, whatever domain is looked at; unseen classes have a head of their own
+    names.
+    """
     import shutil
 
     import features

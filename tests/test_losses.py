@@ -1,4 +1,6 @@
-"""losses.py against slow loops, closed forms, float64 gradients, invariances, and the traps of the papers."""
+"""losses.py against slow loops, closed forms, float64 gradients, invariances, and the traps of the
+papers.
+"""
 
 import inspect
 import math
@@ -9,7 +11,13 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import class_consistency, clip_contrastive, local_adaptation, pairwise_relation, stochastic_text
+from losses import (
+    class_consistency,
+    clip_contrastive,
+    local_adaptation,
+    pairwise_relation,
+    stochastic_text,
+)
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
@@ -171,7 +179,9 @@ def test_stochastic_text_without_noise_and_with_a_generator():
 
 @pytest.mark.parametrize("sigma, expected", [(0.001, 0.998), (0.005, 0.95), (0.01, 0.84), (0.02, 0.62), (0.04, 0.36)])
 def test_sigma_drowns_the_direction_as_published(sigma, expected):
-    """The table of the notes on LDFS: mean cosine of noisy and clean direction at d = 512, |Δt| = 0.5."""
+    """The table of the notes on LDFS: mean cosine of noisy and clean direction at d = 512, |Δt| =
+    0.5.
+    """
     source = unit(4000, 512)
     across = F.normalize(unit(4000, 512, seed=1) - source * (unit(4000, 512, seed=1) * source).sum(1, keepdim=True), dim=1)
     angle = 2 * math.asin(0.25)
@@ -182,7 +192,9 @@ def test_sigma_drowns_the_direction_as_published(sigma, expected):
 
 
 def test_noise_shared_by_both_texts_would_cancel():
-    """Why stochastic_text is called twice: with one ε the direction hardly changes at a σ that else halves its cosine."""
+    """Why stochastic_text is called twice: with one ε the direction hardly changes at a σ that else
+    halves its cosine.
+    """
     source, target = unit(500, 512), unit(500, 512, seed=1)
     shared = [stochastic_text(t, 0.05, torch.Generator().manual_seed(7)) for t in (source, target)]
     generator = torch.Generator().manual_seed(7)

@@ -10,7 +10,9 @@ from methods import RECIPES, Recipe, parse_recipe
 
 
 def world(n=64, d=16, classes=4, seed=0):
-    """z, labels, text_source, text_target, class_text of a made-up CLIP whose target domain lies along one direction."""
+    """z, labels, text_source, text_target, class_text of a made-up CLIP whose target domain lies
+    along one direction.
+    """
     generator = torch.Generator().manual_seed(seed)
     class_text = F.normalize(torch.randn(classes, d, generator=generator), dim=-1)
     labels = torch.arange(n) % classes
