@@ -36,7 +36,7 @@ from utils import fail, short_hash, write_atomically
 
 
 def load_captioner(name, device):
-    """(model, processor) of an image-text-to-text model on the hub or in a folder; else exits, 2."""
+    """(model, processor) of an image-to-text model on the hub or in a folder; exits where none."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:

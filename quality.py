@@ -121,10 +121,9 @@ def figure5(config, dataset, clip, cached):
     order = torch.randperm(len(said), generator=torch.Generator().manual_seed(0)).tolist()
     sets = {"captions": said, "captions, shuffled": [said[i] for i in order]}
     people = dataset.folder / "descriptions.jsonl"
-    if people.exists():
-        described = data.read_captions(people)
-        described = [described[location.path]["caption"] for location, _ in items]
-        sets["descriptions by people"] = described
+    described = data.read_captions(people) if people.exists() else {}
+    if all(location.path in described for location, _ in items):
+        sets["descriptions by people"] = [described[at.path]["caption"] for at, _ in items]
     z, rows = cached(dataset, config.source, items), []
     for name, texts in sets.items():
         for measure, value in caption_quality(dataset, items, texts, z, clip).items():
