@@ -1,4 +1,4 @@
-# Sourced by the run scripts: makes sure that `python3` has the packages. Changes nothing where it already has them
+# Sourced by the run scripts: makes sure that `python3` has the packages. Installs nothing where it already has them
 # (conda, a container); else it makes .venv here and installs requirements.txt into it.
 have_packages() {
   python3 - <<'PYTHON'

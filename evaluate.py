@@ -26,7 +26,7 @@ from finetune import checkpoint_path
 from methods import CACHED, TRAINED
 from quality import figure4, figure5
 from report import figures, results, tables
-from utils import alone, fail, short_hash, write_atomically
+from utils import fail, only_one_process, short_hash, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # Accuracies
@@ -204,7 +204,7 @@ def measure_checkpoints(config, dataset, clip, cached):
 
 def main():
     config, dataset = parse(__doc__)
-    alone("evaluate.py")
+    only_one_process("evaluate.py", "takes one process: run it without torchrun")
     clip = load_clip(config)
     caches = {}
 

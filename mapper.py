@@ -19,7 +19,7 @@ from features import cached_features, encode_texts, load_clip, stamps, zero_shot
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
 from methods import recipes_of
 from report import results
-from utils import alone, fail, short_hash, write_atomically
+from utils import fail, only_one_process, short_hash, write_atomically
 
 
 class Mapper(nn.Module):
@@ -176,7 +176,7 @@ def load_mapper(run, recipe_name, domain, seed, fingerprint, device="cpu"):
 
 def main():
     config, dataset = parse(__doc__)
-    alone("mapper.py")
+    only_one_process("mapper.py", "takes one process: run it without torchrun")
     recipes = recipes_of(config.methods)
     if not recipes:
         return  # finetune, flyp and arf need no mapper

@@ -66,13 +66,7 @@ def short_hash(*things):
     return sha.hexdigest()[:20]
 
 
-def alone(script):
-    """Exit with status 2 under torchrun, for what takes one process."""
+def only_one_process(what, why="is not there. One process is to make it: python data.py NAME"):
+    """Exit with status 2 under torchrun, whose processes would all do what one is to do."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail(f"{script} takes one process: run it without torchrun.")
-
-
-def only_one_process(what):
-    """Exit with status 2 under torchrun, whose processes would all make what one is to make."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail(f"{what} is not there. One process is to make it: python data.py NAME.")
+        fail(f"{what} {why}.")
