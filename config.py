@@ -105,6 +105,7 @@ def flags(doc):
     add("--train", choices=("linear", "coop", "full", "towers"), help="what finetune, lads, "
         "ldfs train: TRAINED in methods.py (default: linear; arf: full); flyp, arf: both towers")
     add("--seeds", type=count, help="seeds 0 … N-1: split, start, order (default: 5; arf: 1)")
+    add("--shots", type=count, help="train on so many images of each class (default: all)")
     add = parser.add_argument_group("captions (anchors.py)").add_argument
     add("--captioner", help="on the hub, or a folder; if named, others' captions give way")
     add("--prompt", default="", help="words that the caption goes on from (default: none)")
@@ -161,7 +162,7 @@ def parse(doc, argv=None):
     train = args.train or defaults["train"]
     names = [*(args.methods or defaults["methods"]), *(ABLATIONS if args.ablate else ())]
     methods = {name: parse_method(name, train) for name in names}
-    dataset = data.load(args.dataset, args.data, args.captions)
+    dataset = replace(data.load(args.dataset, args.data, args.captions), shots=args.shots)
     source = args.source or next(iter(dataset.meta.phrases))
     if source not in dataset.meta.phrases:
         known = ", ".join(dataset.meta.phrases)

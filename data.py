@@ -111,6 +111,7 @@ class Dataset:
     official: dict = field(default_factory=dict, repr=False)  # {domain: paths of its test part}
     heads: dict = field(default_factory=dict, repr=False)  # {domain: own (classnames, templates)}
     absent: dict = field(default_factory=dict)  # {domain that is not on this disk: how to get it}
+    shots: int | None = None          # at most so many training images of a class; None: all
 
     def styles(self, source):
         """The domains called otherwise than `source`: where mappers can go, without any image."""
@@ -126,9 +127,10 @@ class Dataset:
         """Items of one part ("train", "val", "test") of `domain` when `source` is finetuned on.
 
         The source is split class by class, by a hash of (data set, seed, file name); of a target
-        there is only "test": all of it. Where there is an official test part, that is tested, and
-        the rest split. Where files of one name show one thing, what is trained or validated on in
-        the source is in no target's test part either.
+        there is only "test": all of it. With fewer `shots` the other parts stay as they are. Where
+        there is an official test part, that is tested, and the rest split. Where files of one name
+        show one thing, what is trained or validated on in the source is in no target's test part
+        either.
         """
         same_stem, official = self.meta.same_stem_same_thing, self.official.get(domain)
         if domain != source and part != "test":
@@ -155,6 +157,8 @@ class Dataset:
             val = len(things) if listed else train + round(share["val"] * len(things))
             for i, name in enumerate(sorted(things, key=rank)):
                 part_of[y, name] = "train" if i < train else "val" if i < val else "test"
+                if self.shots and self.shots <= i < train:
+                    part_of[y, name] = "unused"
         items = self.trainable(domain)
         return [(at, y) for at, y in items if part_of.get((y, thing(at)), "test") == part]
 

@@ -1,8 +1,9 @@
-"""The papers' figures, from what they are given; and what is kept and forgotten at several --lr:
+"""The papers' figures, from what they are given; and accuracies against a setting, lr or shots:
 
-    python -m report.figures assets/rates.png runs/emoji-3d …    # from their results
+    python -m report.figures lr assets/rates.png runs/emoji-3d …    # of runs that differ in it
 """
 
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -17,6 +18,7 @@ from utils import fail, write_atomically
 # colours that the colour-blind tell apart (Okabe and Ito)
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#000000"]
 MEANS = ["ID", "OOD mean", "unseen mean"]
+NAMES = {"lr": "learning rate", "shots": "training images of each class"}
 
 
 def save(figure, path, **layout):
@@ -68,18 +70,19 @@ def draw_figure5(path, columns):
     save(figure, path, pad=0.4)
 
 
-def means_of(rows):
-    """A line for each (method, α, lr of the towers), a column for each of MEANS, over seeds."""
+def means_of(rows, setting="lr"):
+    """A line for each (method, α, value of the setting), a column for each of MEANS, over seeds."""
     points = []
     for row in rows:
         if (row["measure"], row["split"]) == ("accuracy", "test"):
             domain, settings = row["domain"], row["settings"]
-            rate = settings["schedules"]["towers"]["lr"]
+            settings = {**settings, "lr": settings["schedules"]["towers"]["lr"]}
             mean = "ID" if domain == settings["source"] else domain
-            points.append((label({**row, "alpha": 1}), row["alpha"], rate, mean, row["value"]))
-    frame = pandas.DataFrame(points, columns=["method", "alpha", "lr", "mean", "value"])
+            at = settings.get(setting) or math.inf  # no limit
+            points.append((label({**row, "alpha": 1}), row["alpha"], at, mean, row["value"]))
+    frame = pandas.DataFrame(points, columns=["method", "alpha", setting, "mean", "value"])
     frame = frame[frame["mean"].isin(MEANS)].dropna()
-    return frame.pivot_table("value", ["method", "alpha", "lr"], "mean", sort=False)
+    return frame.pivot_table("value", ["method", "alpha", setting], "mean", sort=False)
 
 
 def draw_curve(rows, path):
@@ -114,31 +117,33 @@ def draw_curve(rows, path):
     save(figure, path)
 
 
-def draw_rates(rows, path):
-    """ID, OOD mean and unseen mean of FLYP and ARF against lr: when does CLIP forget?
+def draw_against(setting, rows, path):
+    """ID, OOD mean and unseen mean of each method against "lr" (of the towers) or "shots".
 
-    rows: of one run or several, whose --lr differ. Dashed: α = 0.5. Grey: zero-shot.
+    rows: of several runs, which differ in it. Dashed: α = 0.5. Grey: zero-shot.
     """
-    points = means_of(rows)
+    points = means_of(rows, setting)
     means = [mean for mean in MEANS if mean in points]
-    rates = points.loc["flyp"].index.unique("lr")  # of the towers
+    values = sorted(points.index.unique(setting))
     figure = Figure(figsize=(4 * len(means), 3.8))
     for axis, mean in zip(figure.subplots(1, len(means), squeeze=False)[0], means):
         axis.axhline(points.loc["zero-shot", mean].mean(), color="grey", label="zero-shot")
-        for method, color in zip(("flyp", "arf"), COLOURS):
+        methods = points.index.unique("method").drop("zero-shot")
+        for method, color in zip(methods, 2 * COLOURS):
             for alpha, line, name in ((1, "o-", method), (0.5, "o--", f"{method} α=0.5")):
-                if (method, alpha) in points.index.droplevel("lr"):
-                    values = points.loc[(method, alpha), mean].sort_index()
-                    axis.plot(values.index, values, line, color=color, label=name)
-        axis.set(xscale="log", xlabel="learning rate", ylabel=f"{mean}, accuracy in per cent")
-        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        axis.minorticks_off()
+                if (method, alpha) in points.index.droplevel(setting):
+                    found = points.loc[(method, alpha), mean].sort_index()
+                    places = [values.index(value) for value in found.index]
+                    axis.plot(places, found, line, color=color, label=name)
+        axis.set_xticks(range(len(values)), ["all" if v == math.inf else f"{v:g}" for v in values])
+        axis.set(xlabel=NAMES[setting], ylabel=f"{mean}, accuracy in per cent")
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     save(figure, path)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        fail("say where to, and of which runs: python -m report.figures rates.png runs/…")
-    draw_rates([row for run in sys.argv[2:] for row in read(run)], Path(sys.argv[1]))
+    setting, *places = sys.argv[1:] or [""]
+    if setting not in NAMES or len(places) < 2:
+        fail("say against what, where to, of which runs: python -m report.figures lr a.png runs/…")
+    draw_against(setting, [row for run in places[1:] for row in read(run)], Path(places[0]))

@@ -39,6 +39,16 @@ def test_splits_are_disjoint_whole_and_deterministic(tiny_data):
     assert dataset.split("photo", "sketch", "train", seed=0) == []
 
 
+def test_fewer_shots_leave_the_other_parts_as_they_are(tiny_data):
+    argv = ["tiny", "photo", "--data", str(tiny_data), "--run", f"{tiny_data}/run"]
+    (_, whole), (few, dataset) = config.parse("", argv), config.parse("", [*argv, "--shots", "2"])
+    train = dataset.split("photo", "photo", "train", 0)
+    assert sorted(y for _, y in train) == [0, 0, 1, 1, 2, 2] and few.record()["shots"] == 2
+    assert {*train} < {*whole.split("photo", "photo", "train", 0)}
+    for domain, part in (("photo", "val"), ("photo", "test"), ("sketch", "test")):
+        assert dataset.split("photo", domain, part, 0) == whole.split("photo", domain, part, 0)
+
+
 def test_a_split_is_what_it_was(tiny_data):
     """The order is that of a hash of data set, seed and path: results hang on it."""
     dataset = data.load("tiny", tiny_data)

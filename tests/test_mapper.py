@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import mapper
 from mapper import Mapper, statistics, train_lads, train_mapper
 from methods import RECIPES, Recipe, parse_recipe
+from report import synthetic
 
 
 def world(n=64, d=16, classes=4, seed=0):
@@ -28,6 +29,13 @@ def test_a_mapper_overfits_its_directions_and_keeps_the_class():
     assert statistics(m, z, text_source, text_target, 0.0)["follows"] > 0.85
     assert (m(z) @ class_text.T).argmax(1).eq(labels).float().mean() > 0.95
     assert torch.allclose(m(z).norm(dim=-1), torch.ones(len(z)), atol=1e-6)
+
+
+def test_instance_wise_directions_win_where_the_way_hangs_on_the_image():
+    spread, found = synthetic.measure(part=1.0, seed=0)
+    assert spread < 0.2
+    assert found["ldfs"] > found["ldfs:direction=class"] + 20
+    assert found["ldfs"] > found["finetune"] + 20
 
 
 def test_the_pairwise_term_keeps_angles():

@@ -242,10 +242,11 @@ def test_accuracy_against_the_learning_rate(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     rows = [row for lr in (1e-3, 1e-4) for row in results.read(tmp_path / f"{lr}")]
-    figures.draw_rates(rows, tmp_path / "rates.png")
+    figures.draw_against("lr", rows, tmp_path / "rates.png")
     of_id, of_ood = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in of_ood.lines}
-    assert lines["flyp"] == lines["flyp α=0.5"] == lines["arf"] == [[1e-4, 51], [1e-3, 51]]
+    assert lines["flyp"] == lines["flyp α=0.5"] == lines["arf"] == [[0, 51], [1, 51]]
+    assert [tick.get_text() for tick in of_ood.get_xticklabels()] == ["0.0001", "0.001"]
     assert of_id.get_ylabel().startswith("ID") and "arf α=0.5" not in lines
 
 
