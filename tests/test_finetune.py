@@ -7,6 +7,7 @@ import json
 import math
 import os
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from conftest import square, write_shard
 import batches
 import config
 import data
+import export
 import features
 import finetune
 import training
@@ -443,6 +445,23 @@ def test_two_processes_train_as_one_on_the_same_global_batch(anchored, tiny_data
 
 
 # --- CoOp, checkpoints -------------------------------------------------------------------------------
+
+
+def test_an_exported_model_is_what_open_clip_loads(world, tmp_path, capsys):
+    tuned = features.towers_of(world.run("flyp"))
+    export.export(str(world.path), tmp_path / "out", alpha=0.25)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    mixed = {k: 0.75 * v + 0.25 * tuned[k] for k, v in world.original.items()}
+    world.clip.model.load_state_dict(mixed)
+    images, tokens = torch.randn(2, 3, 16, 16), world.clip.tokenizer(["a cat", "a dog"])
+    for ours, theirs in zip(world.clip.model(images, tokens), model.eval()(images, tokens)):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert str(preprocess) == str(world.clip.preprocess)
+    for name, folder in (("flyp", "out"), ("finetune", "new")):  # there already; trained no tower
+        world.run(name)
+        with pytest.raises(SystemExit):
+            export.export(str(world.path), tmp_path / folder)
+    assert "has files already" in (said := capsys.readouterr().err) and "no tower" in said
 
 
 def test_coops_prompt_with_the_embeddings_of_words_is_these_words(world):
