@@ -16,7 +16,7 @@ PAPERS = {  # what the flags are unless they or the data set say otherwise
         "train": "linear", "seeds": 5, "alphas": [],
     },
     "arf": {
-        "methods": ["finetune", "flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs"],
+        "methods": ["finetune", "flyp", "flyp+captions", "flyp+retrieved", "arf"],
         "train": "full", "seeds": 1, "alphas": [0.25, 0.5, 0.75],  # the paper's curve: all tenths
     },
 }
