@@ -26,6 +26,7 @@ import features
 import utils
 from config import flags, parse
 from distributed import barrier, leave, ranks, the_device
+from features import load_captioner
 from report import results
 from sets.folders import shards_of
 from sets.webdataset import read_shard
@@ -33,20 +34,6 @@ from utils import fail, short_hash, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # TCAG: a caption for each image
-
-
-def load_captioner(name, device):
-    """(model, processor) of an image-to-text model on the hub or in a folder; exits where none."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=features.precision(device))
-        processor = AutoProcessor.from_pretrained(name)
-        processor.tokenizer.padding_side = "left"  # what is generated goes on from the last token
-    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
-        reason = utils.first_line(error)
-        fail(f"--captioner {name}: could not be loaded ({reason}). Name another, or a folder.")
-    return model.to(device).eval(), processor
 
 
 @torch.no_grad()
@@ -151,7 +138,8 @@ def stamps(shards):
 def embed(clip, shard, folder):
     """A shard's features, cached in `folder`: {"z": (n, d), "rows": of read_shard, "damaged"}."""
     cache = folder / f"pool-{shard.stem}-{short_hash(clip.fingerprint, stamps([shard]))}.pt"
-    if not cache.exists():
+
+    def encode():
         pairs, damaged = read_shard(shard)
         items, unreadable, z, rows = [(pair[1], row) for row, pair in enumerate(pairs)], [], [], []
         load = items, clip.preprocess, features.in_order(len(items), 256), clip.device, unreadable
@@ -159,9 +147,10 @@ def embed(clip, shard, folder):
             z.append(clip.encode_image(images).half().cpu())
             rows += labels.tolist()
         damaged += [f"{shard.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]
-        part = {"z": torch.cat(z) if z else torch.empty(0, 0), "rows": rows, "damaged": damaged}
-        write_atomically(cache, lambda new: torch.save(part, new))
-    part = torch.load(cache)
+        z = torch.cat(z) if z else torch.empty(0, 0)
+        return {"z": z, "rows": rows, "damaged": damaged}
+
+    part = utils.cached(cache, encode)
     return {**part, "z": F.normalize(part["z"].float(), dim=-1)}  # fp16 has rounded the lengths
 
 
@@ -211,7 +200,7 @@ def retrieve(config, dataset):
         queries = features.zero_shot_head(clip, *prompts)
     inputs = clip.fingerprint, stamps(shards), names, config.k, config.same
     config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
-    if path.exists() and config_hash in path.open().readline():
+    if path.exists() and config_hash in path.open(errors="replace").readline():
         return print(f"{path} is there already")
 
     scores, ids = search(queries, (embed(clip, shard, cache)["z"] for shard in shards), config.k)
@@ -267,9 +256,10 @@ def read_retrieved(run):
     path = run / "retrieved.jsonl"
     if not path.exists():
         fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
-    _, *rows = map(json.loads, path.read_text().splitlines())
-    places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
-    return [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
+    with utils.undamaged(path, "Remove it, and retrieve again."):
+        _, *rows = map(json.loads, path.read_text().splitlines())
+        places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
+        return [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
 
 
 def load_retrieved(run, dataset, items):

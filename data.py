@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps
 
-from utils import fail, warn, write_atomically
+from utils import fail, undamaged, warn, write_atomically
 
 # CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10.
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -247,8 +247,9 @@ def read_rows(path):
     rows = read_captions(path) if path.exists() else {}
     parts = sorted(path.parent.glob(f".{path.name}.part*"))  # the earliest first
     for part in parts:
-        whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
-        rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
+        with undamaged(part, "Remove it: what it says will be said again."):
+            whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
+            rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
     return rows, parts
 
 

@@ -1,5 +1,5 @@
-"""CLIP, and what it makes of images and texts: load a model, encode, cache a data set's
-features.
+"""CLIP, and what it makes of images and texts: load a model (a captioner, too), encode, cache a
+data set's features.
 """
 
 import functools
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import UNREADABLE
 from distributed import the_device
-from utils import fail, first_line, short_hash, write_atomically
+from utils import cached, fail, first_line, short_hash
 
 
 @dataclass
@@ -116,6 +116,20 @@ def load_clip(config):
     clip = Clip(*parts)
     clip.fingerprint = fingerprint(clip)
     return clip
+
+
+def load_captioner(name, device):
+    """(model, processor) of an image-to-text model on the hub or in a folder; exits where none."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=precision(device))
+        processor = AutoProcessor.from_pretrained(name)
+        processor.tokenizer.padding_side = "left"  # what is generated goes on from the last token
+    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+        reason = first_line(error)
+        fail(f"--captioner {name}: could not be loaded ({reason}). Name another, or a folder.")
+    return model.to(device).eval(), processor
 
 
 def fingerprint(clip):
@@ -244,10 +258,6 @@ def cached_features(clip, dataset, domain, run):
     items = dataset.images[domain]
     key = short_hash(clip.fingerprint, stamps(items))
     path = run.parent / ".features" / f"{dataset.name}-{domain}-{key}.pt"
-    if path.exists():
-        z = torch.load(path)
-    else:
-        z = encode_images(clip, items, label=f"{dataset.name} {domain}")
-        write_atomically(path, lambda part: torch.save(z, part))
+    z = cached(path, lambda: encode_images(clip, items, label=f"{dataset.name} {domain}"))
     row = {location: i for i, (location, _) in enumerate(items)}
     return lambda items: z[[row[location] for location, _ in items]]

@@ -1,5 +1,6 @@
 """What every script needs and no paper speaks of: failures, files, hashes, processes."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -42,6 +43,29 @@ def write_atomically(path, save):
         fail(f"{path}: could not be written ({error.strerror}). Make room, or name another folder.")
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def undamaged(file, remedy):
+    """Within it one of our own files is read; exits with status 2, naming both, where it cannot."""
+    try:
+        yield
+    except Exception as error:  # readers raise what they like at a file that is not their own
+        fail(f"{file} is damaged ({type(error).__name__}). {remedy}")
+
+
+def cached(path, make):
+    """What make() gives, as torch.save keeps it in `path`; made anew where that is damaged."""
+    import torch  # here, for it takes seconds, and not all scripts need it
+
+    try:
+        return torch.load(path)
+    except Exception:  # there is none, as a rule
+        if path.exists():
+            warn(f"{path} is damaged, and made anew")
+    made = make()
+    write_atomically(path, lambda part: torch.save(made, part))
+    return made
 
 
 def run_command(command):

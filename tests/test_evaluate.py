@@ -146,6 +146,10 @@ def test_unfinished_or_foreign_checkpoints_are_refused(run, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             run(evaluate.main, "--methods", "finetune")
         assert stop.value.code == 2 and "unfinished, or of another model" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SystemExit):
+        run(evaluate.main, "--methods", "finetune")
+    assert f"{path} is damaged" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_not_measured_again_but_changed_images_are(run, tiny_data, tmp_path):

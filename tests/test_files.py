@@ -1,0 +1,76 @@
+"""Our own files: damaged ones are named or made anew."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import anchors
+import data
+import mapper
+import training
+import utils
+from config import Schedule
+from report import results
+
+LEARNER = torch.nn.Linear(1, 1)
+LEARNER.clip = SimpleNamespace(device="cpu")
+READERS = {  # file: (what reads it, from a folder, what else its message says)
+    "mappers/ldfs-sketch-seed0.pt": (
+        lambda run: mapper.load_mapper(run, "ldfs", "sketch", 0, "CLIP's"), "run mapper.py again",
+    ),
+    "checkpoint.pt": (
+        lambda run: training.fit(LEARNER, None, 1, Schedule(1, 1, 1), run / "checkpoint.pt", ""),
+        "train anew",
+    ),
+    "results.jsonl": (results.rows, "line 1"),
+    "config.json": (results.settings_of, "and results.jsonl"),
+    "retrieved.jsonl": (anchors.read_retrieved, "retrieve again"),
+    ".captions.jsonl.part1-0": (lambda run: data.read_rows(run / "captions.jsonl"), "said again"),
+}
+
+
+def refusal(capsys, call, *arguments):
+    """The one line that `call` prints before it exits with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    [said] = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    return said
+
+
+@pytest.mark.parametrize("file", READERS)
+@pytest.mark.parametrize("content", [b'{"a": 1\n', b"\xff\x00\n", b"3\n", b"[]\n"])
+def test_damaged_files_are_named_with_a_remedy(tmp_path, capsys, file, content):
+    if file in ("config.json", "retrieved.jsonl") and content in (b"3\n", b"[]\n"):
+        return  # is JSON, and fails where one looks into it
+    path, (read, says) = tmp_path / file, READERS[file]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    said = refusal(capsys, read, tmp_path)
+    assert str(path) in said and "is damaged" in said and says in said
+
+
+def test_half_a_line_of_results_is_named_by_its_number(tmp_path, capsys):
+    config = SimpleNamespace(run=tmp_path, record=lambda: {
+        "dataset": "d", "source": "photo", "model": "m", "schedules": {},
+    })
+    rows = [{"method": m, "domain": "photo", "value": 1} for m in ("finetune", "ldfs")]
+    results.append(config, rows)
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert f"{path}, line 2 is damaged" in refusal(capsys, results.append, config, rows)
+    path.write_text(path.read_text().splitlines()[0] + "\n")  # as it says
+    results.append(config, rows)
+    assert [row["method"] for row in results.read(tmp_path)] == ["finetune", "ldfs"]
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, capsys):
+    path = tmp_path / "folder" / "z.pt"
+    for content, warned in ((None, False), (b"", True), (b"PK\x03\x04 half", True)):
+        if content is not None:
+            path.write_bytes(content)
+        assert utils.cached(path, lambda: torch.ones(2)).tolist() == [1, 1]
+        assert torch.load(path).tolist() == [1, 1]
+        assert (str(path) in capsys.readouterr().err) == warned
+    assert utils.cached(path, lambda: pytest.fail("made twice")).tolist() == [1, 1]
