@@ -106,7 +106,7 @@ def write_captions(config, items, class_prompts, name, by, part):
     write_atomically(part, Path.touch)  # fails in one line where nothing can be written
     model, processor = load_captioner(name, the_device())
     decoding = config.prompt, config.beams, config.max_tokens
-    with part.open("a", buffering=1) as file:  # line by line
+    with utils.writing(part), part.open("a", buffering=1) as file:  # line by line
         batches = features.in_order(len(items), config.caption_batch)
         for rows in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
             batch, images = [items[row] for row in rows], []

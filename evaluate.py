@@ -26,7 +26,7 @@ from finetune import checkpoint_path
 from methods import CACHED, TRAINED
 from quality import figure4, figure5
 from report import figures, results, tables
-from utils import fail, only_one_process, short_hash, undamaged, write_atomically
+from utils import fail, only_one_process, short_hash, undamaged, warn, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # Accuracies
@@ -222,7 +222,7 @@ def main():
     rows = results.read(config.run)
     figures.draw_curve(rows, config.run / "curve.png")
     markdown = tables.table(rows)
-    write_atomically(config.run / "table.md", lambda part: part.write_text(markdown))
+    write_atomically(config.run / "table.md", lambda part: part.write_text(markdown), warn)
     print(markdown)
 
 

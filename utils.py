@@ -28,21 +28,33 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def write_atomically(path, save):
+@contextlib.contextmanager
+def writing(path, otherwise=fail):
+    """Within it `path` is written; `otherwise`, fail or warn, says so where it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        why = f"could not be written ({error.strerror})"
+        otherwise(f"{path}: {why}. Make room, or name another folder.")
+
+
+def write_atomically(path, save, otherwise=fail):
     """Call save(temporary path) and move the outcome to `path`: a reader sees the whole file or
     none.
 
-    Exits with status 2 where the file cannot be written; what it held before stays.
+    Exits with status 2 (`otherwise`: warn, goes on) where the file cannot be written; what it held
+    before stays.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(part)
-        os.replace(part, path)
-    except OSError as error:
-        fail(f"{path}: could not be written ({error.strerror}). Make room, or name another folder.")
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path, otherwise):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(part)
+            os.replace(part, path)
+        except RuntimeError as error:  # as torch.save calls a full disk
+            raise OSError(0, first_line(error)) from error
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import data
 from sets.folders import read_meta
-from utils import fail, first_line, only_one_process, write_atomically
+from utils import fail, first_line, only_one_process, write_atomically, writing
 
 
 def fetch(repository, folder, patterns, meta=None):
@@ -78,7 +78,7 @@ def write_folders(parquet, folder, meta):
                 path = path.with_name(f"{unique}_{name}")
             write_atomically(part / path, lambda new: new.write_bytes(image["bytes"]))
             if meta.official_split:
-                with open(part / f"{domain}_{split}.txt", "a") as lines:
+                with writing(part), open(part / f"{domain}_{split}.txt", "a") as lines:
                     lines.write(f"{path.as_posix()}\n")
             number += 1
     if folder.exists():  # with captions in it, say, but none of its domains

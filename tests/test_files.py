@@ -1,5 +1,6 @@
-"""Our own files: damaged ones are named or made anew."""
+"""Our own files: damaged ones are named or made anew; disks that are full."""
 
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,8 @@ def refusal(capsys, call, *arguments):
     """The one line that `call` prints before it exits with status 2."""
     with pytest.raises(SystemExit) as stop:
         call(*arguments)
-    [said] = capsys.readouterr().err.strip().splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    [said] = [line for line in lines if line.strip() and "captions:" not in line]  # progress
     assert stop.value.code == 2
     return said
 
@@ -63,6 +65,48 @@ def test_half_a_line_of_results_is_named_by_its_number(tmp_path, capsys):
     path.write_text(path.read_text().splitlines()[0] + "\n")  # as it says
     results.append(config, rows)
     assert [row["method"] for row in results.read(tmp_path)] == ["finetune", "ldfs"]
+
+
+@pytest.fixture
+def full_disk():
+    """full_disk(call, …): call with files that may not grow beyond 300 bytes."""
+
+    def full(call, *arguments):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+        try:
+            call(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return full
+
+
+@pytest.mark.parametrize("save", [
+    lambda part: torch.save(torch.ones(1000), part), lambda part: part.write_text("x" * 1000),
+])
+def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, capsys, full_disk, save):
+    path = tmp_path / "file"
+    path.write_text("old")
+    said = refusal(capsys, full_disk, utils.write_atomically, path, save)
+    assert f"{path}: could not be written" in said
+    full_disk(utils.write_atomically, path, save, utils.warn)  # goes on
+    assert "could not be written" in capsys.readouterr().err
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_captions_on_a_full_disk_are_kept_up_to_the_last_line(
+    tiny_data, tmp_path, monkeypatch, capsys, full_disk
+):
+    monkeypatch.setattr(anchors, "load_captioner", lambda *args: (None, None))
+    monkeypatch.setattr(anchors, "caption_images", lambda m, p, images, *_: ["w"] * len(images))
+    items, path = data.load("tiny", tiny_data).images["photo"], tmp_path / "captions.jsonl"
+    part = tmp_path / ".captions.jsonl.part1-0"
+    config = SimpleNamespace(prompt="", beams=1, max_tokens=1, caption_batch=2)
+    captions = config, items, ["a thing"] * 3, "a captioner", "a captioner", part
+    said = refusal(capsys, full_disk, anchors.write_captions, *captions)
+    assert f"{part}: could not be written" in said
+    assert 3 < len(data.read_rows(path)[0]) < 6
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, capsys):
