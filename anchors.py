@@ -69,6 +69,7 @@ def caption(config, dataset):
     if not any(method.needs_captions for method in config.methods.values()):
         return
     path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
+    utils.lock(path.with_name(f".{path.name}.lock"), f".{path.name}.*.part")
     name = config.captioner or dataset.meta.captioner or "Salesforce/blip2-opt-2.7b"
     by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
     items, (rank, world) = dataset.trainable(config.source), ranks()

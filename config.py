@@ -7,7 +7,7 @@ from pathlib import Path
 
 import data
 from methods import ABLATIONS, parse_method, recipes_of
-from utils import fail, short_hash
+from utils import fail, lock, short_hash
 
 DEFAULT_MODEL = "ViT-B-16-quickgelu"  # both papers' backbone; OpenAI's weights want QuickGELU
 PAPERS = {  # what the flags are unless they or the data set say otherwise
@@ -193,4 +193,5 @@ def parse(doc, argv=None):
         config.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--run {config.run}: cannot be made ({error.strerror}). Name another folder.")
+    lock(config.run / ".lock", ".*.part", "checkpoints/.*.part", "mappers/.*.part")
     return config, dataset

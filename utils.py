@@ -1,6 +1,7 @@
 """What every script needs and no paper speaks of: failures, files, hashes, processes."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shlex
@@ -55,6 +56,29 @@ def write_atomically(path, save, otherwise=fail):
             raise OSError(0, first_line(error)) from error
         finally:
             part.unlink(missing_ok=True)
+
+
+LOCKS = {}  # {path: the open file}, each until this process ends, however it does
+
+
+def lock(path, *partial):
+    """Hold the lock `path`, or exit with status 2 where another process does.
+
+    What partial files (patterns beside it) are there then, killed processes left: they go.
+    """
+    path = path.absolute()
+    if path in LOCKS or int(os.environ.get("RANK", 0)) > 0:  # torchrun's first process locks
+        return
+    try:
+        file = path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[path] = file
+        for part in (part for pattern in partial for part in path.parent.glob(pattern)):
+            part.unlink()
+    except BlockingIOError:
+        fail(f"{path}: another run is at work here. Wait for its end, or name another folder.")
+    except OSError:  # read-only, where nothing is written; or a file system that has no locks
+        pass
 
 
 @contextlib.contextmanager

@@ -1,6 +1,10 @@
-"""Our own files: damaged ones are named or made anew; disks that are full."""
+"""Our own files: damaged ones are named or made anew; disks that are full; two runs at once."""
 
 import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,3 +122,24 @@ def test_a_damaged_cache_is_made_anew(tmp_path, capsys):
         assert torch.load(path).tolist() == [1, 1]
         assert (str(path) in capsys.readouterr().err) == warned
     assert utils.cached(path, lambda: pytest.fail("made twice")).tolist() == [1, 1]
+
+
+def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
+    code = f"import pathlib, utils; utils.lock(pathlib.Path({str(tmp_path / '.lock')!r})); "
+    code += "print('locked', flush=True); input()"
+    command = [sys.executable, "-c", code]
+    other = subprocess.Popen(
+        command, cwd=Path(utils.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"locked\n"
+    part = tmp_path / "checkpoints" / ".arf-seed0.pt.123.part"
+    part.parent.mkdir()
+    part.touch()
+    said = refusal(capsys, utils.lock, tmp_path / ".lock", "checkpoints/.*.part")
+    assert f"{tmp_path}/.lock: another run is at work" in said and part.exists()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    for _ in range(2):  # in one process as often as it likes
+        utils.lock(tmp_path / ".lock", "checkpoints/.*.part")
+    assert not part.exists()
+    utils.lock(tmp_path / "nowhere" / ".lock")  # nothing can be written there
