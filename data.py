@@ -46,6 +46,8 @@ class Location:
     def open(self):
         """RGB image; raises one of UNREADABLE."""
         with Image.open(io.BytesIO(self.read())) as image:
+            if image.mode.startswith("I"):  # 16 bits, of which convert would make white
+                image = image.convert("I").point(lambda value: value / 257).convert("L")
             image = image.convert("RGB")
         return ImageOps.crop(image, self.border) if self.border else image
 
