@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import features
 import utils
-from config import flags, parse
+from config import flags, parse, refuse_other
 from distributed import barrier, leave, ranks, the_device
 from features import load_captioner
 from report import results
@@ -217,7 +217,9 @@ def retrieve(config, dataset):
     shared = {"method": "retrieved", "domain": config.source, "split": "train"}
     rows = [{"measure": name, "value": n, "n": counts["available"]} for name, n in counts.items()]
     results.append(config, [shared | row for row in rows])
-    data.write_rows(path, [{"config_hash": config_hash, **counts}, *pairs])
+    made_with = {flag: getattr(config, flag) for flag in ("k", "same", "query", "model")}
+    header = {"config_hash": config_hash, "made_with": made_with, **counts}
+    data.write_rows(path, [header, *pairs])
     print(f"{path}: {said} ({len(names)} queries by {config.query}, k = {config.k})")
 
 
@@ -253,25 +255,28 @@ def choose(found, parts, bench, same):
 
 @functools.cache
 def read_retrieved(run):
-    """[(Location, text, {query: score})] of all retrieved pairs; fails where there are none."""
+    """What retrieved.jsonl was made with, and all its pairs, [(Location, text, {query: score})]."""
     path = run / "retrieved.jsonl"
     if not path.exists():
         fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
     with utils.undamaged(path, "Remove it, and retrieve again."):
-        _, *rows = map(json.loads, path.read_text().splitlines())
+        header, *rows = map(json.loads, path.read_text().splitlines())
         places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
-        return [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
+        pairs = [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
+        return header.get("made_with", {}), pairs
 
 
-def load_retrieved(run, dataset, items):
+def load_retrieved(config, dataset, items):
     """[(Location, text)] of the pairs that one of the training images `items` found, or a class.
 
     All the source's images are queries; a seed trains on what its own training images found.
     """
     mine = {location.path for location, _ in items} | {*dataset.classes}
-    found = [(image, text) for image, text, queries in read_retrieved(run) if mine & {*queries}]
+    path, (made_with, pairs) = config.run / "retrieved.jsonl", read_retrieved(config.run)
+    refuse_other(path, config, made_with)
+    found = [(image, text) for image, text, queries in pairs if mine & {*queries}]
     if not found:
-        fail(f"{run / 'retrieved.jsonl'} has no pair for these images. Retrieve with a larger --k.")
+        fail(f"{path} has no pair for these images. Retrieve with a larger --k.")
     return found
 
 

@@ -154,6 +154,14 @@ class Config:
         return short_hash(sorted(self.record().items()))[:8]
 
 
+def refuse_other(path, config, made_with):
+    """Exit with status 2 where the file `path` was made with other flags than are asked for."""
+    others = {k.replace("_", "-"): v for k, v in made_with.items() if getattr(config, k) != v}
+    if others:
+        said = ", ".join(f"no --{k}" if v is None else f"--{k} {v}" for k, v in others.items())
+        fail(f"{path} was made with {said}. Say so, or make it again with what you ask for.")
+
+
 def parse(doc, argv=None):
     """(Config, Dataset) of a command line; exits with status 2 at what cannot be."""
     args = flags(doc).parse_args(argv)

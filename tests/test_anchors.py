@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -361,15 +362,20 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         for (_, at, text, _), q in zip(read_shard(tmp_path / "pool.tar")[0], queries)
     ]
     data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": ""}, *rows])
-    got = anchors.load_retrieved(tmp_path, dataset, [photos[one]])
+    config = SimpleNamespace(run=tmp_path)
+    got = anchors.load_retrieved(config, dataset, [photos[one]])
     assert [text for _, text in got] == ["text 1", "text 2", "text 3"]
     assert got[0][0].open().size == (16, 16)
-    other = tmp_path / "other"
+    other = SimpleNamespace(run=tmp_path / "other", k=3)
     for reason in ("is not there", "no pair for these"):
         with pytest.raises(SystemExit):
             anchors.load_retrieved(other, dataset, [photos[two]])
         assert reason in capsys.readouterr().err
-        data.write_rows(other / "retrieved.jsonl", [{"config_hash": ""}, *rows[:2]])
+        data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 3}}, *rows[:2]])
+    other.k = 5  # finetune.py alone, with another flag than anchors.py had
+    with pytest.raises(SystemExit):
+        anchors.load_retrieved(other, dataset, [photos[zero]])
+    assert "retrieved.jsonl was made with --k 3. Say so" in capsys.readouterr().err
 
 
 def test_no_pool_is_one_line(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):
