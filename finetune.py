@@ -256,7 +256,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     # what goes in, not what is computed from it, which differs in the last bits between machines
     config_hash = short_hash(
         config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
-        [(location.offset, text) for location, text in retrieved],
+        [stamp[1:] for stamp in stamps(retrieved)],  # wherever the pool lies
         [p for mapper in mappers for p in mapper.parameters()], classnames,
         [template(classnames[0]) for template in templates],
         data.class_texts(dataset, config.source),
