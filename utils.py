@@ -20,6 +20,18 @@ def fail(message):
     sys.exit(2)
 
 
+def say_interrupted(kind, error, trace):
+    """One line at Ctrl-C, after which Python exits as killed by it: 130 in a shell."""
+    if issubclass(kind, KeyboardInterrupt):
+        name = Path(sys.argv[0]).name
+        tqdm.write(f"{name}: interrupted. Run it again, and it goes on.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_interrupted
+
+
 def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 

@@ -1,4 +1,6 @@
-"""Our own files: damaged ones are named or made anew; disks that are full; two runs at once."""
+"""Our own files: damaged ones are named or made anew; disks that are full; two runs at once;
+Ctrl-C.
+"""
 
 import resource
 import signal
@@ -143,3 +145,11 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsy
         utils.lock(tmp_path / ".lock", "checkpoints/.*.part")
     assert not part.exists()
     utils.lock(tmp_path / "nowhere" / ".lock")  # nothing can be written there
+
+
+def test_ctrl_c_is_one_line_and_status_130_in_a_shell():
+    command = f'{sys.executable} -c "import utils; raise KeyboardInterrupt"; exit $?'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=Path(utils.__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 130 and done.stderr == "-c: interrupted. Run it again, and it goes on.\n"
