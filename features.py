@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import UNREADABLE
 from distributed import the_device
-from utils import cached, fail, first_line, short_hash
+from utils import cached, fail, first_line, from_root, short_hash
 
 
 @dataclass
@@ -82,14 +82,16 @@ def load_clip(config):
         base, pretrained, tuned = read_checkpoint(base)
     if base.startswith(("local-dir:", "hf-hub:")):
         pretrained = None  # they bring their own
+    _, schema, path = base.rpartition("local-dir:")
+    place = schema + from_root(path)
     device = the_device()
     logging.disable(logging.ERROR)  # what open_clip logs, it raises as well
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
-            base, pretrained, device=device, require_pretrained=True,
+            place, pretrained, device=device, require_pretrained=True,
             aug_cfg={"scale": (0.9, 1.0)},  # FLYP's mild random crop, no flip
         )
-        tokenizer = open_clip.get_tokenizer(base)
+        tokenizer = open_clip.get_tokenizer(place)
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
         logging.disable(logging.NOTSET)
         fail(
@@ -123,8 +125,9 @@ def load_captioner(name, device):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=precision(device))
-        processor = AutoProcessor.from_pretrained(name)
+        place, dtype = from_root(name), precision(device)
+        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(place)
         processor.tokenizer.padding_side = "left"  # what is generated goes on from the last token
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
         reason = first_line(error)

@@ -14,6 +14,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 
 
+def from_root(path):
+    """`path`, or where only the repository has it, as a description names it, the path there."""
+    exists = os.path.exists
+    return str(ROOT / path) if exists(ROOT / path) and not exists(path) else path
+
+
 def fail(message):
     """Print one line that says what is wrong and how to mend it, and stop with exit status 2."""
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # also under a progress bar

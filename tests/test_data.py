@@ -204,6 +204,13 @@ def test_bad_captions_are_refused(tiny_data, capsys):
     assert "no captions for tiny" in refused() and dataset.captions is None
 
 
+def test_a_relative_path_is_from_here_or_else_from_the_repository(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_clip("local-dir:emoji/clip", tiny_data).base[0] == "local-dir:emoji/clip"
+    for name in ("data/tiny", "Salesforce/blip2-opt-2.7b", "/nowhere"):
+        assert utils.from_root(name) == name
+
+
 @pytest.mark.parametrize("name", ["ViT-B-61", "local-dir:nowhere"])
 def test_a_bad_model_is_refused_by_name(tiny_data, capsys, name):
     assert f"--model {name}: " in refusal(capsys, lambda: load_clip(name, tiny_data))
