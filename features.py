@@ -104,8 +104,10 @@ def load_clip(config):
     if openai and not any(isinstance(m, open_clip.transformer.QuickGELU) for m in model.modules()):
         fail(f"--model {base}: OpenAI's weights want QuickGELU. Say {base}-quickgelu.")
     if tuned is not None:
-        if not tuned or model.load_state_dict(tuned, strict=False).unexpected_keys:
+        own = model.state_dict()
+        if not tuned or any(k not in own or own[k].shape != v.shape for k, v in tuned.items()):
             fail(f"--model {config.model}: it does not hold {base}'s towers. Name another.")
+        model.load_state_dict(tuned, strict=False)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"device: {name}, {str(precision(device)).removeprefix('torch.')}, weights float32")
     # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has
@@ -129,6 +131,11 @@ def load_captioner(name, device):
         model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
         processor = AutoProcessor.from_pretrained(place)
         processor.tokenizer.padding_side = "left"  # what is generated goes on from the last token
+        if getattr(processor, "num_query_tokens", 0) is None:  # BLIP-2 from before its image token
+            processor.num_query_tokens = model.config.num_query_tokens
+        if getattr(model.config, "image_token_index", 0) is None:
+            token = processor.tokenizer.convert_tokens_to_ids("<image>")
+            model.config.image_token_index = token
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
         reason = first_line(error)
         fail(f"--captioner {name}: could not be loaded ({reason}). Name another, or a folder.")

@@ -4,6 +4,7 @@ exact search, leaks.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -68,6 +69,16 @@ def test_a_batch_says_what_each_image_alone_says(blip2):
     alone = [anchors.caption_images(model, processor, [x], max_tokens=6)[0] for x in (RED, BLUE)]
     assert anchors.caption_images(model, processor, [RED, BLUE], max_tokens=6) == alone
     assert processor.tokenizer.padding_side == "left"
+
+
+def test_a_blip2_from_before_its_image_token_says_the_same(blip2, tiny_blip2, tmp_path):
+    shutil.copytree(tiny_blip2, tmp_path / "old")
+    for name, key in (("processor_config", "num_query_tokens"), ("config", "image_token_index")):
+        file = tmp_path / "old" / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: None}))
+    old = anchors.load_captioner(str(tmp_path / "old"), torch.device("cpu"))
+    said = anchors.caption_images(*blip2, [RED, BLUE], max_tokens=6)
+    assert anchors.caption_images(*old, [RED, BLUE], max_tokens=6) == said
 
 
 def test_prompts_of_unequal_length_are_padded_on_the_left(blip2):
