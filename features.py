@@ -3,6 +3,7 @@ data set's features.
 """
 
 import functools
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from data import UNREADABLE
 from distributed import the_device
-from utils import cached, fail, first_line, from_root, short_hash
+from utils import cached, fail, from_root, one_line, short_hash
 
 
 @dataclass
@@ -94,10 +95,13 @@ def load_clip(config):
         tokenizer = open_clip.get_tokenizer(place)
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
         logging.disable(logging.NOTSET)
-        fail(
-            f"--model {base}: could not load it ({first_line(error)[:400]}). Name another; or, if "
-            "the Hugging Face hub has it, run once with a network: then it is cached."
+        known = open_clip.pretrained.get_pretrained_cfg(base, pretrained or "").get("hf_hub", "")
+        remedy = damaged_copy(base.removeprefix("hf-hub:")) or damaged_copy(os.path.dirname(known))
+        remedy = remedy or (
+            "Name another; or, if the Hugging Face hub has it, run once with a network: then it is "
+            "cached."
         )
+        fail(f"--model {base}: could not load it ({one_line(error)}). {remedy}")
     logging.disable(logging.NOTSET)
     # a tag, a file or, in the hub's cache, a folder above it tells whose weights they are
     openai = pretrained and "openai" in "/".join(Path(pretrained).parts[-4:]).lower()
@@ -122,6 +126,20 @@ def load_clip(config):
     return clip
 
 
+def damaged_copy(repository):
+    """What to do about a file of a model in the hub's cache that is not what its name, a SHA-256,
+    says; "" where there is none.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")
+    for path in folder.glob("?" * 64):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
+                return f"Delete {path}, which is damaged, and it is fetched again."
+    return ""
+
+
 def load_captioner(name, device):
     """(model, processor) of an image-to-text model on the hub or in a folder; exits where none."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -137,8 +155,8 @@ def load_captioner(name, device):
             token = processor.tokenizer.convert_tokens_to_ids("<image>")
             model.config.image_token_index = token
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
-        reason = first_line(error)
-        fail(f"--captioner {name}: could not be loaded ({reason}). Name another, or a folder.")
+        remedy = damaged_copy(name) or "Name another, or a folder."
+        fail(f"--captioner {name}: could not be loaded ({one_line(error)}). {remedy}")
     return model.to(device).eval(), processor
 
 

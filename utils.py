@@ -42,9 +42,9 @@ def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error):
+    """What an exception says, in one line of 500 characters at most."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:500]
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def write_atomically(path, save, otherwise=fail):
             save(part)
             os.replace(part, path)
         except RuntimeError as error:  # as torch.save calls a full disk
-            raise OSError(0, first_line(error)) from error
+            raise OSError(0, one_line(error)) from error
         finally:
             part.unlink(missing_ok=True)
 

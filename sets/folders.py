@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import Location, Meta
 from sets.webdataset import IMAGE_ENDINGS, read_webdatasets
-from utils import ROOT, fail, first_line, only_one_process, run_command
+from utils import ROOT, fail, one_line, only_one_process, run_command
 
 
 def read_meta(name, root="data"):
@@ -39,7 +39,7 @@ def read_meta(name, root="data"):
             raise ValueError(f"{min(unknown)!r} is none of {', '.join(sorted(keys))}")
         return folder, Meta(**{**description, **own})
     except (OSError, TypeError, ValueError) as error:
-        fail(f"{file} does not describe a data set: {first_line(error)}. DATA.md shows one.")
+        fail(f"{file} does not describe a data set: {one_line(error)}. DATA.md shows one.")
 
 
 def make(folder, command):

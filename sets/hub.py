@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import data
 from sets.folders import read_meta
-from utils import fail, first_line, only_one_process, write_atomically, writing
+from utils import fail, one_line, only_one_process, write_atomically, writing
 
 
 def fetch(repository, folder, patterns, meta=None):
@@ -47,7 +47,7 @@ def fetch(repository, folder, patterns, meta=None):
     except Exception as error:  # no network, no such repository, HF_HUB_OFFLINE, a full disk
         cause = error.__cause__ if isinstance(error, DryRunError) else error
         fail(
-            f"could not fetch {repository} from the Hugging Face hub: {first_line(cause)}. Run "
+            f"could not fetch {repository} from the Hugging Face hub: {one_line(cause)}. Run "
             f"again, it goes on where it stopped; or put the data into {folder} by hand (DATA.md)."
         )
     if meta:
