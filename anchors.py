@@ -24,8 +24,9 @@ from tqdm import tqdm
 import data
 import features
 import utils
-from config import flags, parse
+from config import flags, parse, refuse_other
 from distributed import barrier, leave, ranks, the_device
+from features import load_captioner
 from report import results
 from sets.folders import shards_of
 from sets.webdataset import read_shard
@@ -33,20 +34,6 @@ from utils import fail, short_hash, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # TCAG: a caption for each image
-
-
-def load_captioner(name, device):
-    """(model, processor) of an image-to-text model on the hub or in a folder; exits where none."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=features.precision(device))
-        processor = AutoProcessor.from_pretrained(name)
-        processor.tokenizer.padding_side = "left"  # what is generated goes on from the last token
-    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
-        reason = utils.first_line(error)
-        fail(f"--captioner {name}: could not be loaded ({reason}). Name another, or a folder.")
-    return model.to(device).eval(), processor
 
 
 @torch.no_grad()
@@ -82,6 +69,7 @@ def caption(config, dataset):
     if not any(method.needs_captions for method in config.methods.values()):
         return
     path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
+    utils.lock(path.with_name(f".{path.name}.lock"), f".{path.name}.*.part")
     name = config.captioner or dataset.meta.captioner or "Salesforce/blip2-opt-2.7b"
     by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
     items, (rank, world) = dataset.trainable(config.source), ranks()
@@ -119,7 +107,7 @@ def write_captions(config, items, class_prompts, name, by, part):
     write_atomically(part, Path.touch)  # fails in one line where nothing can be written
     model, processor = load_captioner(name, the_device())
     decoding = config.prompt, config.beams, config.max_tokens
-    with part.open("a", buffering=1) as file:  # line by line
+    with utils.writing(part), part.open("a", buffering=1) as file:  # line by line
         batches = features.in_order(len(items), config.caption_batch)
         for rows in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
             batch, images = [items[row] for row in rows], []
@@ -151,7 +139,8 @@ def stamps(shards):
 def embed(clip, shard, folder):
     """A shard's features, cached in `folder`: {"z": (n, d), "rows": of read_shard, "damaged"}."""
     cache = folder / f"pool-{shard.stem}-{short_hash(clip.fingerprint, stamps([shard]))}.pt"
-    if not cache.exists():
+
+    def encode():
         pairs, damaged = read_shard(shard)
         items, unreadable, z, rows = [(pair[1], row) for row, pair in enumerate(pairs)], [], [], []
         load = items, clip.preprocess, features.in_order(len(items), 256), clip.device, unreadable
@@ -159,9 +148,10 @@ def embed(clip, shard, folder):
             z.append(clip.encode_image(images).half().cpu())
             rows += labels.tolist()
         damaged += [f"{shard.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]
-        part = {"z": torch.cat(z) if z else torch.empty(0, 0), "rows": rows, "damaged": damaged}
-        write_atomically(cache, lambda new: torch.save(part, new))
-    part = torch.load(cache)
+        z = torch.cat(z) if z else torch.empty(0, 0)
+        return {"z": z, "rows": rows, "damaged": damaged}
+
+    part = utils.cached(cache, encode)
     return {**part, "z": F.normalize(part["z"].float(), dim=-1)}  # fp16 has rounded the lengths
 
 
@@ -211,7 +201,7 @@ def retrieve(config, dataset):
         queries = features.zero_shot_head(clip, *prompts)
     inputs = clip.fingerprint, stamps(shards), names, config.k, config.same
     config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
-    if path.exists() and config_hash in path.open().readline():
+    if path.exists() and config_hash in path.open(errors="replace").readline():
         return print(f"{path} is there already")
 
     scores, ids = search(queries, (embed(clip, shard, cache)["z"] for shard in shards), config.k)
@@ -227,7 +217,9 @@ def retrieve(config, dataset):
     shared = {"method": "retrieved", "domain": config.source, "split": "train"}
     rows = [{"measure": name, "value": n, "n": counts["available"]} for name, n in counts.items()]
     results.append(config, [shared | row for row in rows])
-    data.write_rows(path, [{"config_hash": config_hash, **counts}, *pairs])
+    made_with = {flag: getattr(config, flag) for flag in ("k", "same", "query", "model")}
+    header = {"config_hash": config_hash, "made_with": made_with, **counts}
+    data.write_rows(path, [header, *pairs])
     print(f"{path}: {said} ({len(names)} queries by {config.query}, k = {config.k})")
 
 
@@ -263,24 +255,28 @@ def choose(found, parts, bench, same):
 
 @functools.cache
 def read_retrieved(run):
-    """[(Location, text, {query: score})] of all retrieved pairs; fails where there are none."""
+    """What retrieved.jsonl was made with, and all its pairs, [(Location, text, {query: score})]."""
     path = run / "retrieved.jsonl"
     if not path.exists():
         fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
-    _, *rows = map(json.loads, path.read_text().splitlines())
-    places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
-    return [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
+    with utils.undamaged(path, "Remove it, and retrieve again."):
+        header, *rows = map(json.loads, path.read_text().splitlines())
+        places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
+        pairs = [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
+        return header.get("made_with", {}), pairs
 
 
-def load_retrieved(run, dataset, items):
+def load_retrieved(config, dataset, items):
     """[(Location, text)] of the pairs that one of the training images `items` found, or a class.
 
     All the source's images are queries; a seed trains on what its own training images found.
     """
     mine = {location.path for location, _ in items} | {*dataset.classes}
-    found = [(image, text) for image, text, queries in read_retrieved(run) if mine & {*queries}]
+    path, (made_with, pairs) = config.run / "retrieved.jsonl", read_retrieved(config.run)
+    refuse_other(path, config, made_with)
+    found = [(image, text) for image, text, queries in pairs if mine & {*queries}]
     if not found:
-        fail(f"{run / 'retrieved.jsonl'} has no pair for these images. Retrieve with a larger --k.")
+        fail(f"{path} has no pair for these images. Retrieve with a larger --k.")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import data
 from methods import ABLATIONS, parse_method, recipes_of
-from utils import fail, short_hash
+from utils import fail, lock, short_hash
 
 DEFAULT_MODEL = "ViT-B-16-quickgelu"  # both papers' backbone; OpenAI's weights want QuickGELU
 PAPERS = {  # what the flags are unless they or the data set say otherwise
@@ -155,6 +155,14 @@ class Config:
         return short_hash(sorted(self.record().items()))[:8]
 
 
+def refuse_other(path, config, made_with):
+    """Exit with status 2 where the file `path` was made with other flags than are asked for."""
+    others = {k.replace("_", "-"): v for k, v in made_with.items() if getattr(config, k) != v}
+    if others:
+        said = ", ".join(f"no --{k}" if v is None else f"--{k} {v}" for k, v in others.items())
+        fail(f"{path} was made with {said}. Say so, or make it again with what you ask for.")
+
+
 def parse(doc, argv=None):
     """(Config, Dataset) of a command line; exits with status 2 at what cannot be."""
     args = flags(doc).parse_args(argv)
@@ -194,4 +202,5 @@ def parse(doc, argv=None):
         config.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--run {config.run}: cannot be made ({error.strerror}). Name another folder.")
+    lock(config.run / ".lock", ".*.part", "checkpoints/.*.part", "mappers/.*.part")
     return config, dataset

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps
 
-from utils import fail, warn, write_atomically
+from utils import fail, undamaged, warn, write_atomically
 
 # CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10.
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -46,6 +46,8 @@ class Location:
     def open(self):
         """RGB image; raises one of UNREADABLE."""
         with Image.open(io.BytesIO(self.read())) as image:
+            if image.mode.startswith("I"):  # 16 bits, of which convert would make white
+                image = image.convert("I").point(lambda value: value / 257).convert("L")
             image = image.convert("RGB")
         return ImageOps.crop(image, self.border) if self.border else image
 
@@ -251,8 +253,9 @@ def read_rows(path):
     rows = read_captions(path) if path.exists() else {}
     parts = sorted(path.parent.glob(f".{path.name}.part*"))  # the earliest first
     for part in parts:
-        whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
-        rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
+        with undamaged(part, "Remove it: what it says will be said again."):
+            whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
+            rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
     return rows, parts
 
 

@@ -26,7 +26,7 @@ from finetune import checkpoint_path
 from methods import CACHED, TRAINED
 from quality import figure4, figure5
 from report import figures, results, tables
-from utils import fail, only_one_process, short_hash, write_atomically
+from utils import fail, only_one_process, short_hash, undamaged, warn, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # Accuracies
@@ -172,10 +172,13 @@ def measure_checkpoints(config, dataset, clip, cached):
         path, method = checkpoint_path(config, name, seed), config.methods[name]
         if not path.exists():
             fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
-        state = torch.load(path, map_location="cpu")
-        if state["optimizer"] is not None or state["fingerprint"] != clip.fingerprint:
+        with undamaged(path, "Remove it, and run finetune.py again."):
+            state = torch.load(path, map_location="cpu")
+            tuned = state["modules"]
+            whole = state["optimizer"] is None and state["fingerprint"] == clip.fingerprint
+        if not whole:
             fail(f"{path} is unfinished, or of another model. Finish it: python finetune.py.")
-        tuned, towers = state["modules"], method.train not in CACHED
+        towers = method.train not in CACHED
         original = {"head.weight": text, **{f"towers.{k}": v for k, v in clip_0.items()}}
         if "head.bias" in tuned:  # WiSE-FT's head, with the scale inside
             original["head.weight"] = clip.model.logit_scale.exp().cpu() * text
@@ -219,7 +222,7 @@ def main():
     rows = results.read(config.run)
     figures.draw_curve(rows, config.run / "curve.png")
     markdown = tables.table(rows)
-    write_atomically(config.run / "table.md", lambda part: part.write_text(markdown))
+    write_atomically(config.run / "table.md", lambda part: part.write_text(markdown), warn)
     print(markdown)
 
 

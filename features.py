@@ -1,8 +1,9 @@
-"""CLIP, and what it makes of images and texts: load a model, encode, cache a data set's
-features.
+"""CLIP, and what it makes of images and texts: load a model (a captioner, too), encode, cache a
+data set's features.
 """
 
 import functools
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from data import UNREADABLE
 from distributed import the_device
-from utils import fail, first_line, short_hash, write_atomically
+from utils import cached, fail, from_root, one_line, short_hash
 
 
 @dataclass
@@ -82,28 +83,35 @@ def load_clip(config):
         base, pretrained, tuned = read_checkpoint(base)
     if base.startswith(("local-dir:", "hf-hub:")):
         pretrained = None  # they bring their own
+    _, schema, path = base.rpartition("local-dir:")
+    place = schema + from_root(path)
     device = the_device()
     logging.disable(logging.ERROR)  # what open_clip logs, it raises as well
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
-            base, pretrained, device=device, require_pretrained=True,
+            place, pretrained, device=device, require_pretrained=True,
             aug_cfg={"scale": (0.9, 1.0)},  # FLYP's mild random crop, no flip
         )
-        tokenizer = open_clip.get_tokenizer(base)
+        tokenizer = open_clip.get_tokenizer(place)
     except Exception as error:  # whatever the hub, a damaged file or a bad config raises
         logging.disable(logging.NOTSET)
-        fail(
-            f"--model {base}: could not load it ({first_line(error)[:400]}). Name another; or, if "
-            "the Hugging Face hub has it, run once with a network: then it is cached."
+        known = open_clip.pretrained.get_pretrained_cfg(base, pretrained or "").get("hf_hub", "")
+        remedy = damaged_copy(base.removeprefix("hf-hub:")) or damaged_copy(os.path.dirname(known))
+        remedy = remedy or (
+            "Name another; or, if the Hugging Face hub has it, run once with a network: then it is "
+            "cached."
         )
+        fail(f"--model {base}: could not load it ({one_line(error)}). {remedy}")
     logging.disable(logging.NOTSET)
     # a tag, a file or, in the hub's cache, a folder above it tells whose weights they are
     openai = pretrained and "openai" in "/".join(Path(pretrained).parts[-4:]).lower()
     if openai and not any(isinstance(m, open_clip.transformer.QuickGELU) for m in model.modules()):
         fail(f"--model {base}: OpenAI's weights want QuickGELU. Say {base}-quickgelu.")
     if tuned is not None:
-        if not tuned or model.load_state_dict(tuned, strict=False).unexpected_keys:
+        own = model.state_dict()
+        if not tuned or any(k not in own or own[k].shape != v.shape for k, v in tuned.items()):
             fail(f"--model {config.model}: it does not hold {base}'s towers. Name another.")
+        model.load_state_dict(tuned, strict=False)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"device: {name}, {str(precision(device)).removeprefix('torch.')}, weights float32")
     # CHOICE: eval mode throughout, finetuning included: CLIP has no dropout, and where a tower has
@@ -116,6 +124,40 @@ def load_clip(config):
     clip = Clip(*parts)
     clip.fingerprint = fingerprint(clip)
     return clip
+
+
+def damaged_copy(repository):
+    """What to do about a file of a model in the hub's cache that is not what its name, a SHA-256,
+    says; "" where there is none.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")
+    for path in folder.glob("?" * 64):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
+                return f"Delete {path}, which is damaged, and it is fetched again."
+    return ""
+
+
+def load_captioner(name, device):
+    """(model, processor) of an image-to-text model on the hub or in a folder; exits where none."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        place, dtype = from_root(name), precision(device)
+        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(place)
+        processor.tokenizer.padding_side = "left"  # what is generated goes on from the last token
+        if getattr(processor, "num_query_tokens", 0) is None:  # BLIP-2 from before its image token
+            processor.num_query_tokens = model.config.num_query_tokens
+        if getattr(model.config, "image_token_index", 0) is None:
+            token = processor.tokenizer.convert_tokens_to_ids("<image>")
+            model.config.image_token_index = token
+    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+        remedy = damaged_copy(name) or "Name another, or a folder."
+        fail(f"--captioner {name}: could not be loaded ({one_line(error)}). {remedy}")
+    return model.to(device).eval(), processor
 
 
 def fingerprint(clip):
@@ -244,10 +286,6 @@ def cached_features(clip, dataset, domain, run):
     items = dataset.images[domain]
     key = short_hash(clip.fingerprint, stamps(items))
     path = run.parent / ".features" / f"{dataset.name}-{domain}-{key}.pt"
-    if path.exists():
-        z = torch.load(path)
-    else:
-        z = encode_images(clip, items, label=f"{dataset.name} {domain}")
-        write_atomically(path, lambda part: torch.save(z, part))
+    z = cached(path, lambda: encode_images(clip, items, label=f"{dataset.name} {domain}"))
     row = {location: i for i, (location, _) in enumerate(items)}
     return lambda items: z[[row[location] for location, _ in items]]

@@ -231,7 +231,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     init = init or config.init or ("scratch" if method.train in CACHED else "text")
     start = class_text if init == "text" else scratch                  # rows of about unit norm
     mappers = [
-        load_mapper(config.run, method.recipe, domain, seed, clip.fingerprint, clip.device)
+        load_mapper(config, method.recipe, domain, seed, clip.fingerprint, clip.device)
         for domain in (dataset.styles(config.source) if method.recipe else ())
     ]
     if method.train == "lpft":  # the probe is trained first: LP-FT (arXiv 2202.10054)
@@ -239,7 +239,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed, init)
         start = probe.head.weight.data
     captions = data.captions(dataset, items) if method.captions else ()
-    retrieved = load_retrieved(config.run, dataset, items) if method.retrieved else ()
+    retrieved = load_retrieved(config, dataset, items) if method.retrieved else ()
 
     z_all = None
     if method.train in CACHED:  # nothing moves: encoded once
@@ -256,7 +256,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     # what goes in, not what is computed from it, which differs in the last bits between machines
     config_hash = short_hash(
         config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
-        [(location.offset, text) for location, text in retrieved],
+        [stamp[1:] for stamp in stamps(retrieved)],  # wherever the pool lies
         [p for mapper in mappers for p in mapper.parameters()], classnames,
         [template(classnames[0]) for template in templates],
         data.class_texts(dataset, config.source),

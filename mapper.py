@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from config import parse
+from config import parse, refuse_other
 from features import cached_features, encode_texts, load_clip, stamps, zero_shot_head
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
 from methods import recipes_of
 from report import results
-from utils import fail, only_one_process, short_hash, write_atomically
+from utils import fail, only_one_process, short_hash, undamaged, write_atomically
 
 
 class Mapper(nn.Module):
@@ -160,17 +160,19 @@ def mapper_path(run, recipe_name, domain, seed):
     return run / "mappers" / f"{recipe_name}-{domain}-seed{seed}.pt"
 
 
-def load_mapper(run, recipe_name, domain, seed, fingerprint, device="cpu"):
-    """A trained Mapper, frozen; exits with status 2 where there is none of this CLIP."""
-    path = mapper_path(run, recipe_name, domain, seed)
+def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu"):
+    """A trained Mapper, frozen; exits with status 2 where there is none of this CLIP and length."""
+    path = mapper_path(config.run, recipe_name, domain, seed)
     if not path.exists():
         fail(f"{path} is not there. Train it: mapper.py DATASET SOURCE --methods {recipe_name}")
-    state = torch.load(path, map_location=device)
-    if state["fingerprint"] != fingerprint:
-        fail(f"{path} is for another model. Run mapper.py again, or name another --run.")
-    width, dim = state["mapper"]["net.0.weight"].shape
-    mapper = Mapper(dim, width).to(device)
-    mapper.load_state_dict(state["mapper"])
+    with undamaged(path, "Remove it, and run mapper.py again."):
+        state = torch.load(path, map_location=device)
+        if state["fingerprint"] != fingerprint:
+            fail(f"{path} is for another model. Run mapper.py again, or name another --run.")
+        refuse_other(path, config, state.get("made_with", {}))
+        width, dim = state["mapper"]["net.0.weight"].shape
+        mapper = Mapper(dim, width).to(device)
+        mapper.load_state_dict(state["mapper"])
     return mapper.requires_grad_(False)
 
 
@@ -218,8 +220,10 @@ def main():
             words[source_texts], words[target_texts], neutral, data.class_texts(dataset, source),
         )
         path = mapper_path(config.run, name, domain, seed)
-        state = torch.load(path) if path.exists() else {"config_hash": None}
-        if state["config_hash"] != config_hash:
+        with undamaged(path, "Remove it, and run mapper.py again."):
+            state = torch.load(path) if path.exists() else {"config_hash": None}
+            there = state["config_hash"] == config_hash and state["statistics"]
+        if not there:
             parts = {}  # "train", "val": their rows of `every`
             for part, items in split.items():
                 i = torch.tensor([row[location] for location, _ in items], dtype=torch.long)
@@ -237,7 +241,7 @@ def main():
             state = {
                 "statistics": statistics(mapper, z, t_s, t_k, recipe.sigma, seed),
                 "mapper": mapper.cpu().state_dict(), "config_hash": config_hash,
-                "fingerprint": clip.fingerprint,
+                "fingerprint": clip.fingerprint, "made_with": {"mapper_steps": config.mapper_steps},
             }
             write_atomically(path, lambda part: torch.save(state, part))
         table.setdefault((name, domain), []).append(state["statistics"])

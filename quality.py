@@ -62,7 +62,7 @@ def figure4(config, dataset, clip, cached):
             for name in ["not mapped", *recipes]:
                 z_hat = z
                 if name in recipes:
-                    z_hat = load_mapper(config.run, name, domain, seed, clip.fingerprint)(z)
+                    z_hat = load_mapper(config, name, domain, seed, clip.fingerprint)(z)
                     nearest = neighbours(z_hat[pick], real[domain][0]).tolist()
                     found = [items[domain][j] for j in nearest]
                     lost = [(place, y != labels[i].item()) for i, (place, y) in zip(pick, found)]
@@ -134,7 +134,7 @@ def figure5(config, dataset, clip, cached):
     results.append(config, rows)
 
     nearest = {}  # image: (score, Location, text) of the best pair retrieved for it
-    for location, text, queries in read_retrieved(config.run):
+    for location, text, queries in read_retrieved(config.run)[1]:
         for query, score in queries.items():
             found = score, location, text
             nearest[query] = max(nearest.get(query, found), found, key=lambda pair: pair[0])

@@ -5,12 +5,14 @@
 #
 # Every stage takes the same flags (--help lists them) and skips what is there and valid: a killed run goes on.
 set -euo pipefail
-cd "$(dirname "$0")"
+root=$(cd "$(dirname "$0")" && pwd)
+cd "$root"
 . ./env.sh
-case " $* " in *" -h "* | *" --help "*) exec python3 finetune.py --help ;; esac
+cd "$OLDPWD"  # relative paths are the caller's
+case " $* " in *" -h "* | *" --help "*) exec python3 "$root/finetune.py" --help ;; esac
 
-python3 anchors.py retrieve --paper arf "$@"   # image-text pairs: runs/…/retrieved.jsonl
-python3 anchors.py caption --paper arf "$@"    # captions.jsonl beside the images
-python3 mapper.py --paper arf "$@"             # LDFS's features, where a method takes them: runs/…/mappers/
-python3 finetune.py --paper arf "$@"           # runs/…/checkpoints/
-python3 evaluate.py --paper arf "$@"           # runs/…/results.jsonl, table.md, curve.png, figure5.png
+python3 "$root/anchors.py" retrieve --paper arf "$@"   # image-text pairs: runs/…/retrieved.jsonl
+python3 "$root/anchors.py" caption --paper arf "$@"    # captions.jsonl beside the images
+python3 "$root/mapper.py" --paper arf "$@"             # LDFS's features, where a method takes them: runs/…/mappers/
+python3 "$root/finetune.py" --paper arf "$@"           # runs/…/checkpoints/
+python3 "$root/evaluate.py" --paper arf "$@"           # runs/…/results.jsonl, table.md, curve.png, figure5.png

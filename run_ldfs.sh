@@ -5,11 +5,13 @@
 #
 # Every stage takes the same flags (--help lists them) and skips what is there and valid: a killed run goes on.
 set -euo pipefail
-cd "$(dirname "$0")"
+root=$(cd "$(dirname "$0")" && pwd)
+cd "$root"
 . ./env.sh
-case " $* " in *" -h "* | *" --help "*) exec python3 finetune.py --help ;; esac
+cd "$OLDPWD"  # relative paths are the caller's
+case " $* " in *" -h "* | *" --help "*) exec python3 "$root/finetune.py" --help ;; esac
 
-python3 anchors.py caption "$@"     # a caption for every source image: captions.jsonl beside them
-python3 mapper.py "$@"              # step 1: runs/…/mappers/
-python3 finetune.py "$@"            # step 2: runs/…/checkpoints/
-python3 evaluate.py "$@"            # runs/…/results.jsonl, table.md, figure4.png
+python3 "$root/anchors.py" caption "$@"     # a caption for every source image: captions.jsonl beside them
+python3 "$root/mapper.py" "$@"              # step 1: runs/…/mappers/
+python3 "$root/finetune.py" "$@"            # step 2: runs/…/checkpoints/
+python3 "$root/evaluate.py" "$@"            # runs/…/results.jsonl, table.md, figure4.png

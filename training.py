@@ -8,7 +8,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from distributed import ranks
-from utils import write_atomically
+from utils import undamaged, write_atomically
 
 
 def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash):
@@ -22,13 +22,14 @@ def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash):
     optimizer = torch.optim.AdamW(parameters, schedule.lr, weight_decay=weight_decay, fused=True)
     first, last = 0, schedule.epochs * steps_per_epoch
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=learner.clip.device)
-        if state["config_hash"] == config_hash:
-            learner.load_state_dict(state["modules"])
-            first = state["epoch"]
-            if first < schedule.epochs:
-                optimizer.load_state_dict(state["optimizer"])
-        del state
+        with undamaged(checkpoint, "Remove it, to train anew."):
+            state = torch.load(checkpoint, map_location=learner.clip.device)
+            if state["config_hash"] == config_hash:
+                learner.load_state_dict(state["modules"])
+                first = state["epoch"]
+                if first < schedule.epochs:
+                    optimizer.load_state_dict(state["optimizer"])
+            del state
     epochs, silent = range(first, schedule.epochs), ranks()[0] > 0
     for epoch in tqdm(epochs, checkpoint.stem, unit="epoch", leave=False, disable=silent):
         for step, batch in enumerate(batches(epoch), epoch * steps_per_epoch):

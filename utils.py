@@ -1,5 +1,7 @@
 """What every script needs and no paper speaks of: failures, files, hashes, processes."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shlex
@@ -12,36 +14,112 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 
 
+def from_root(path):
+    """`path`, or where only the repository has it, as a description names it, the path there."""
+    exists = os.path.exists
+    return str(ROOT / path) if exists(ROOT / path) and not exists(path) else path
+
+
 def fail(message):
     """Print one line that says what is wrong and how to mend it, and stop with exit status 2."""
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # also under a progress bar
     sys.exit(2)
 
 
+def say_interrupted(kind, error, trace):
+    """One line at Ctrl-C, after which Python exits as killed by it: 130 in a shell."""
+    if issubclass(kind, KeyboardInterrupt):
+        name = Path(sys.argv[0]).name
+        tqdm.write(f"{name}: interrupted. Run it again, and it goes on.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_interrupted
+
+
 def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error):
+    """What an exception says, in one line of 500 characters at most."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:500]
 
 
-def write_atomically(path, save):
+@contextlib.contextmanager
+def writing(path, otherwise=fail):
+    """Within it `path` is written; `otherwise`, fail or warn, says so where it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        why = f"could not be written ({error.strerror})"
+        otherwise(f"{path}: {why}. Make room, or name another folder.")
+
+
+def write_atomically(path, save, otherwise=fail):
     """Call save(temporary path) and move the outcome to `path`: a reader sees the whole file or
     none.
 
-    Exits with status 2 where the file cannot be written; what it held before stays.
+    Exits with status 2 (`otherwise`: warn, goes on) where the file cannot be written; what it held
+    before stays.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path, otherwise):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(part)
+            os.replace(part, path)
+        except RuntimeError as error:  # as torch.save calls a full disk
+            raise OSError(0, one_line(error)) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+LOCKS = {}  # {path: the open file}, each until this process ends, however it does
+
+
+def lock(path, *partial):
+    """Hold the lock `path`, or exit with status 2 where another process does.
+
+    What partial files (patterns beside it) are there then, killed processes left: they go.
+    """
+    path = path.absolute()
+    if path in LOCKS or int(os.environ.get("RANK", 0)) > 0:  # torchrun's first process locks
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(part)
-        os.replace(part, path)
-    except OSError as error:
-        fail(f"{path}: could not be written ({error.strerror}). Make room, or name another folder.")
-    finally:
-        part.unlink(missing_ok=True)
+        file = path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[path] = file
+        for part in (part for pattern in partial for part in path.parent.glob(pattern)):
+            part.unlink()
+    except BlockingIOError:
+        fail(f"{path}: another run is at work here. Wait for its end, or name another folder.")
+    except OSError:  # read-only, where nothing is written; or a file system that has no locks
+        pass
+
+
+@contextlib.contextmanager
+def undamaged(file, remedy):
+    """Within it one of our own files is read; exits with status 2, naming both, where it cannot."""
+    try:
+        yield
+    except Exception as error:  # readers raise what they like at a file that is not their own
+        fail(f"{file} is damaged ({type(error).__name__}). {remedy}")
+
+
+def cached(path, make):
+    """What make() gives, as torch.save keeps it in `path`; made anew where that is damaged."""
+    import torch  # here, for it takes seconds, and not all scripts need it
+
+    try:
+        return torch.load(path)
+    except Exception:  # there is none, as a rule
+        if path.exists():
+            warn(f"{path} is damaged, and made anew")
+    made = make()
+    write_atomically(path, lambda part: torch.save(made, part))
+    return made
 
 
 def run_command(command):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from report.results import read
 from report.tables import label
-from utils import fail, write_atomically
+from utils import fail, warn, write_atomically
 
 # colours that the colour-blind tell apart (Okabe and Ito)
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#000000"]
@@ -23,8 +23,8 @@ NAMES = {"lr": "learning rate", "shots": "training images of each class"}
 
 def save(figure, path, **layout):
     figure.tight_layout(**layout)
-    write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
-    print(f"wrote {path}")
+    print(f"drawing {path}")
+    write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"), warn)
 
 
 def show(axis, location, **edge):

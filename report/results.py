@@ -11,7 +11,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from utils import ROOT, fail, short_hash, write_atomically
+from utils import ROOT, fail, short_hash, undamaged, write_atomically
 
 DEFAULTS = {
     "measure": "accuracy", "split": "test", "seed": 0, "n": 0, "value": None,
@@ -59,24 +59,32 @@ def append(config, new):
             line["values"][row["domain"]] = [row["value"], row["n"]]
     if lines:
         configs, path = config.run / "config.json", config.run / "results.jsonl"
-        record = {**json.loads(configs.read_text() if configs.exists() else "{}"), name: settings}
+        record = {**settings_of(config.run), name: settings}
         text = path.read_text() if path.exists() else ""
         text += "".join(json.dumps(line) + "\n" for line in lines.values())
         write_atomically(configs, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
         write_atomically(path, lambda part: part.write_text(text))
 
 
+def settings_of(run):
+    """{id: settings} of the folder `run`."""
+    path = Path(run) / "config.json"
+    with undamaged(path, "Remove it and results.jsonl, and run all again."):
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
 def rows(run):
     """All rows in the folder `run`, with all columns, "settings", "block", "line" (number)."""
     path, found = Path(run) / "results.jsonl", []
     if path.exists():
-        configs = json.loads(path.with_name("config.json").read_text())
-        for number, line in enumerate(path.read_text().splitlines()):
-            shared = {**DEFAULTS, **json.loads(line), "line": number}
-            shared["settings"] = configs[shared["config"]]
-            shared["block"] = block_of(shared["settings"], shared["measure"])
-            for domain, (value, n) in shared.pop("values").items():
-                found.append({**shared, "domain": domain, "value": value, "n": n})
+        configs = settings_of(run)
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            with undamaged(f"{path}, line {number}", "Remove the line: it is measured again."):
+                shared = {**DEFAULTS, **json.loads(line), "line": number}
+                shared["settings"] = configs[shared["config"]]
+                shared["block"] = block_of(shared["settings"], shared["measure"])
+                for domain, (value, n) in shared.pop("values").items():
+                    found.append({**shared, "domain": domain, "value": value, "n": n})
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import Location, Meta
 from sets.webdataset import IMAGE_ENDINGS, read_webdatasets
-from utils import ROOT, fail, first_line, only_one_process, run_command
+from utils import ROOT, fail, one_line, only_one_process, run_command
 
 
 def read_meta(name, root="data"):
@@ -39,7 +39,7 @@ def read_meta(name, root="data"):
             raise ValueError(f"{min(unknown)!r} is none of {', '.join(sorted(keys))}")
         return folder, Meta(**{**description, **own})
     except (OSError, TypeError, ValueError) as error:
-        fail(f"{file} does not describe a data set: {first_line(error)}. DATA.md shows one.")
+        fail(f"{file} does not describe a data set: {one_line(error)}. DATA.md shows one.")
 
 
 def make(folder, command):
@@ -60,7 +60,11 @@ def shards_of(config, meta):
             fetch_cc3m(pool)
         else:
             fail(f"--pool {pool}: no webdataset shards there (0.tar with KEY.jpg, KEY.txt).")
-    return sorted(pool.glob("*.tar"))
+    shards = sorted(pool.glob("*.tar"))
+    for shard in shards:
+        if not shard.is_file():
+            fail(f"{shard} is no file, nor a link to one. Remove it.")
+    return shards
 
 
 def get(name, folder, meta):
@@ -68,6 +72,8 @@ def get(name, folder, meta):
     needed = ["train", "val"] if meta.shifted else [*meta.phrases]
     if any((folder / entry).is_dir() for entry in needed):
         return
+    if folder.is_symlink() and not folder.exists():
+        fail(f"{folder} is a link to what is not there. Mend or remove it.")
     others = ", ".join(sorted(f.name for f in folder.glob("[!.]*") if f.is_dir())[:5])
     if meta.made_by and not others:
         make(folder, meta.made_by)
@@ -88,10 +94,15 @@ def read_classes(folder, part):
     classes, items = sorted(f.name for f in (folder / part).glob("*") if f.is_dir()), []
     for y, name in enumerate(classes):
         # No deeper, unlike torchvision's make_dataset: what lies there is thumbnails and copies
-        files = [f for f in os.listdir(folder / part / name) if f.lower().endswith(IMAGE_ENDINGS)]
-        if not files:
+        with os.scandir(folder / part / name) as entries:
+            found = [entry for entry in entries if entry.name.lower().endswith(IMAGE_ENDINGS)]
+        if not found:
             fail(f"{folder / part / name} holds no images. Fill it, or remove the class from all.")
-        items += [(Location(str(folder), f"{part}/{name}/{file}"), y) for file in sorted(files)]
+        for entry in found:  # a FIFO would hang, a link may lead nowhere
+            if not entry.is_file(follow_symlinks=False) and not os.path.isfile(entry):
+                fail(f"{entry.path} is no file, nor a link to one. Remove it.")
+        files = sorted(entry.name for entry in found)
+        items += [(Location(str(folder), f"{part}/{name}/{file}"), y) for file in files]
     return classes, items
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import data
 from sets.folders import read_meta
-from utils import fail, first_line, only_one_process, write_atomically
+from utils import fail, one_line, only_one_process, write_atomically, writing
 
 
 def fetch(repository, folder, patterns, meta=None):
@@ -47,7 +47,7 @@ def fetch(repository, folder, patterns, meta=None):
     except Exception as error:  # no network, no such repository, HF_HUB_OFFLINE, a full disk
         cause = error.__cause__ if isinstance(error, DryRunError) else error
         fail(
-            f"could not fetch {repository} from the Hugging Face hub: {first_line(cause)}. Run "
+            f"could not fetch {repository} from the Hugging Face hub: {one_line(cause)}. Run "
             f"again, it goes on where it stopped; or put the data into {folder} by hand (DATA.md)."
         )
     if meta:
@@ -78,7 +78,7 @@ def write_folders(parquet, folder, meta):
                 path = path.with_name(f"{unique}_{name}")
             write_atomically(part / path, lambda new: new.write_bytes(image["bytes"]))
             if meta.official_split:
-                with open(part / f"{domain}_{split}.txt", "a") as lines:
+                with writing(part), open(part / f"{domain}_{split}.txt", "a") as lines:
                     lines.write(f"{path.as_posix()}\n")
             number += 1
     if folder.exists():  # with captions in it, say, but none of its domains

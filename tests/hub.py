@@ -59,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(b"", body, {**headers, **linked, "Location": place}, 302)
             if asked and self.find(asked, whole=False):
                 return self.answer(b"{}", body, {"X-Error-Code": "EntryNotFound"}, 404)
-        self.answer(b'{"error": "Invalid username or password."}', body, {}, 401)
+        headers = {"X-Error-Code": "RepoNotFound"}
+        self.answer(b'{"error": "Invalid username or password."}', body, headers, 401)
 
     def find(self, asked, whole=True):
         """The repository, or the file or folder in it, that is asked for; None without."""

@@ -4,10 +4,12 @@ exact search, leaks.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +71,16 @@ def test_a_batch_says_what_each_image_alone_says(blip2):
     assert processor.tokenizer.padding_side == "left"
 
 
+def test_a_blip2_from_before_its_image_token_says_the_same(blip2, tiny_blip2, tmp_path):
+    shutil.copytree(tiny_blip2, tmp_path / "old")
+    for name, key in (("processor_config", "num_query_tokens"), ("config", "image_token_index")):
+        file = tmp_path / "old" / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: None}))
+    old = anchors.load_captioner(str(tmp_path / "old"), torch.device("cpu"))
+    said = anchors.caption_images(*blip2, [RED, BLUE], max_tokens=6)
+    assert anchors.caption_images(*old, [RED, BLUE], max_tokens=6) == said
+
+
 def test_prompts_of_unequal_length_are_padded_on_the_left(blip2):
     _, processor = blip2
     texts = ["a photo of", "a"]
@@ -79,7 +91,8 @@ def test_prompts_of_unequal_length_are_padded_on_the_left(blip2):
 
 def test_the_committed_captioner_goes_through_the_same_code():
     meta = folders.read_meta("emoji", "data")[1]
-    model, processor = anchors.load_captioner(str(ROOT / meta.captioner), torch.device("cpu"))
+    # a path of a description's is the repository's, wherever one stands
+    model, processor = anchors.load_captioner(meta.captioner, torch.device("cpu"))
     [text] = anchors.caption_images(model, processor, [RED])
     assert text and "<image>" not in text and "[" not in text
 
@@ -217,6 +230,7 @@ def test_two_processes_write_what_one_writes(
     call(monkeypatch, *find, tmp_path / "one" / "run")
     one = path.read_text()
     path.unlink()
+    anchors.utils.LOCKS.clear()  # as if this process had ended
     torchrun(ROOT / "anchors.py", *write)
     torchrun(ROOT / "anchors.py", *find, tmp_path / "two" / "run")
     assert path.read_text() == one
@@ -360,15 +374,20 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         for (_, at, text, _), q in zip(read_shard(tmp_path / "pool.tar")[0], queries)
     ]
     data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": ""}, *rows])
-    got = anchors.load_retrieved(tmp_path, dataset, [photos[one]])
+    config = SimpleNamespace(run=tmp_path)
+    got = anchors.load_retrieved(config, dataset, [photos[one]])
     assert [text for _, text in got] == ["text 1", "text 2", "text 3"]
     assert got[0][0].open().size == (16, 16)
-    other = tmp_path / "other"
+    other = SimpleNamespace(run=tmp_path / "other", k=3)
     for reason in ("is not there", "no pair for these"):
         with pytest.raises(SystemExit):
             anchors.load_retrieved(other, dataset, [photos[two]])
         assert reason in capsys.readouterr().err
-        data.write_rows(other / "retrieved.jsonl", [{"config_hash": ""}, *rows[:2]])
+        data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 3}}, *rows[:2]])
+    other.k = 5  # finetune.py alone, with another flag than anchors.py had
+    with pytest.raises(SystemExit):
+        anchors.load_retrieved(other, dataset, [photos[zero]])
+    assert "retrieved.jsonl was made with --k 3. Say so" in capsys.readouterr().err
 
 
 def test_no_pool_is_one_line(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -90,6 +91,10 @@ def test_a_location_opens_itself(tmp_path):
     member = data.Location(str(tmp_path), "some.tar", 512, len(content))
     assert file.read() == member.read() == content
     assert file.open().tobytes() == member.open().tobytes() == image.tobytes()
+    deep = torch.linspace(0, 65535, 256).view(16, 16).to(torch.uint16)  # 16 bits: not to turn white
+    Image.fromarray(deep.numpy()).save(tmp_path / "deep.png")
+    shades = torch.tensor(list(data.Location(str(tmp_path), "deep.png").open().tobytes()))
+    assert shades.view(256, 3).float().sub(torch.arange(256).view(256, 1)).abs().max() <= 1
     cut = data.Location(str(tmp_path), "a.png", border=2).open()
     assert cut.size == (12, 12) and cut.getpixel((0, 0)) == image.getpixel((2, 2))
     assert str(file) == f"{tmp_path}/a.png" and str(member) == f"{tmp_path}/some.tar, byte 512"
@@ -161,6 +166,25 @@ def test_bad_data_is_refused_by_name(tiny_data, tiny_clip, capsys):
     assert "photo holds no class folders" in refused()
 
 
+def test_what_is_no_file_is_named(tiny_data, tmp_path, capsys):
+    """… and nothing waits for a FIFO."""
+    image, shard = tiny_data / "tiny" / "photo" / "dog" / "3.png", tmp_path / "pool" / "0.tar"
+    shard.parent.mkdir()
+    pool = SimpleNamespace(pool=shard.parent)
+    calls = (image, lambda: data.load("tiny", tiny_data)), (shard, lambda: folders.shards_of(pool, None))
+    for path, call in calls:
+        for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)):
+            path.unlink(missing_ok=True)
+            make(path)
+            assert f"{path} is no file, nor a link to one" in refusal(capsys, call)
+            path.rmdir() if path.is_dir() else path.unlink()
+        path.symlink_to("/nowhere")
+        assert f"{path} is no file, nor a link to one" in refusal(capsys, call)
+    (tiny_data / "pacs").symlink_to("/nowhere")
+    said = refusal(capsys, lambda: data.load("pacs", tiny_data))
+    assert f"{tiny_data}/pacs is a link to what is not there" in said
+
+
 def test_bad_captions_are_refused(tiny_data, capsys):
     file, dataset = tiny_data / "tiny" / "captions.jsonl", data.load("tiny", tiny_data)
     photos = dataset.images["photo"]
@@ -188,6 +212,13 @@ def test_bad_captions_are_refused(tiny_data, capsys):
     file.rmdir()
     dataset = data.load("tiny", tiny_data)
     assert "no captions for tiny" in refused() and dataset.captions is None
+
+
+def test_a_relative_path_is_from_here_or_else_from_the_repository(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_clip("local-dir:emoji/clip", tiny_data).base[0] == "local-dir:emoji/clip"
+    for name in ("data/tiny", "Salesforce/blip2-opt-2.7b", "/nowhere"):
+        assert utils.from_root(name) == name
 
 
 @pytest.mark.parametrize("name", ["ViT-B-61", "local-dir:nowhere"])

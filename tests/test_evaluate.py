@@ -146,17 +146,30 @@ def test_unfinished_or_foreign_checkpoints_are_refused(run, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             run(evaluate.main, "--methods", "finetune")
         assert stop.value.code == 2 and "unfinished, or of another model" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SystemExit):
+        run(evaluate.main, "--methods", "finetune")
+    assert f"{path} is damaged" in capsys.readouterr().err
 
 
-def test_what_is_measured_is_not_measured_again_but_changed_images_are(run, tiny_data, tmp_path):
+def test_what_is_measured_is_not_measured_again_but_changed_images_are(
+    run, tiny_data, tmp_path, monkeypatch, capsys
+):
     import finetune
+
+    def read_only(*paths):
+        raise OSError(30, "Read-only file system")
 
     methods = ["--methods", "finetune", "--train", "full", "--alphas", "0.5"]
     run(finetune.main, *methods)
     run(evaluate.main, *methods)
     first = rows_of(tmp_path)
-    run(evaluate.main, *methods)
-    assert rows_of(tmp_path) == first
+    with monkeypatch.context() as here:
+        here.setattr("os.replace", read_only)
+        run(evaluate.main, *methods)  # and still says what it found
+    out, err = capsys.readouterr()
+    assert rows_of(tmp_path) == first and out.count("| finetune α=0.5 |") == 2
+    assert err.count("could not be written (Read-only file system)") == 2  # figure and table
     sketches = sorted((tiny_data / "tiny" / "sketch").glob("*/*.png"))
     for image in sketches:
         image.write_bytes(sketches[0].read_bytes())

@@ -354,6 +354,17 @@ def test_each_anchor_changes_what_is_learned(anchored, monkeypatch):
     assert all(not torch.allclose(a, b) for i, a in enumerate(states) for b in states[:i])
 
 
+def test_other_pixels_under_the_same_place_and_text_are_trained_on_anew(anchored, tmp_path):
+    def config_hash():
+        anchored.run("flyp+retrieved", schedule=Schedule(1, 18, 1e-3))
+        return torch.load(anchored.path)["config_hash"]
+
+    first, pool = config_hash(), tmp_path / "0.tar"
+    assert config_hash() == first
+    pool.write_bytes(pool.read_bytes())
+    assert config_hash() != first
+
+
 def test_each_image_goes_with_its_own_caption_and_the_prompt_of_its_class(anchored, monkeypatch):
     """Whatever the order: the rows of a batch belong together."""
     clip, dataset = anchored.clip, anchored.dataset
@@ -508,7 +519,13 @@ def test_a_checkpoint_is_a_model(world, tiny_data, tmp_path, capsys, train):
     assert all(torch.equal(v, state[f"towers.{k}"]) for k, v in tuned.model.state_dict().items())
     assert tuned.name == str(world.path) and tuned.fingerprint != world.clip.fingerprint
     (tmp_path / "other.pt").write_bytes(b"not a checkpoint")
-    for name, says in (("nowhere.pt", "no such file"), ("other.pt", "not a checkpoint of finetune.py")):
+    whole = torch.load(world.path)
+    odd = {k: v[:1] if v.ndim else v for k, v in whole["modules"].items()}
+    torch.save({**whole, "modules": odd}, tmp_path / "odd.pt")
+    for name, says in (
+        ("nowhere.pt", "no such file"), ("other.pt", "not a checkpoint of finetune.py"),
+        ("odd.pt", "does not hold"),
+    ):
         with pytest.raises(SystemExit):
             features.load_clip(settings(tiny_data, tmp_path / name, tmp_path / "other")[0])
         assert says in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What comes from the Hugging Face hub, against a stand-in: data sets, models, pool; or why not."""
 
+import hashlib
 import io
 import json
 import os
@@ -182,6 +183,7 @@ def test_what_the_hub_lacks_is_said_in_one_line(hub, script, tmp_path):
     done = script("data.py", "office_home", "--data", tmp_path / "data", code=2)
     assert len(done.stderr.strip().splitlines()) == 1
     assert "could not fetch flwrlabs/office-home" in done.stderr and "401" in done.stderr
+    assert "Repository Not Found" in done.stderr and "authenticated" in done.stderr  # all it says
     assert f"{tmp_path}/data/office_home by hand" in done.stderr
 
 
@@ -220,6 +222,25 @@ def test_default_names(tiny_data, capsys):
         features.load_clip(config.parse("", argv)[0])
     said = capsys.readouterr().err
     assert "--model ViT-B-16-quickgelu: " in said and "'openai'" in said
+
+
+def test_a_damaged_copy_of_the_hubs_is_named(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    blobs, argv = tmp_path / "models--stand-in--clip/blobs", ["tiny", "--data", str(tiny_data)]
+    weights = (Path(tiny_clip.removeprefix("local-dir:")) / "open_clip_model.safetensors").read_bytes()
+    blobs.mkdir(parents=True)
+    (blobs / hashlib.sha256(weights).hexdigest()).write_bytes(weights)
+    (blobs / hashlib.sha1(b"{}").hexdigest()).write_bytes(b"{}")  # as git names a small file
+    assert features.damaged_copy("stand-in/clip") == features.damaged_copy("") == ""
+    damaged = blobs / hashlib.sha256(b"whole").hexdigest()
+    damaged.write_bytes(b"half")
+    for load in (
+        lambda: features.load_clip(config.parse("", [*argv, "--model", "hf-hub:stand-in/clip"])[0]),
+        lambda: features.load_captioner("stand-in/clip", torch.device("cpu")),
+    ):
+        with pytest.raises(SystemExit):
+            load()
+        assert f"Delete {damaged}, which is damaged" in capsys.readouterr().err
 
 
 def test_openais_weights_want_quickgelu(tiny_data, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """mapper.py: it learns what the losses ask for, from text alone, and changes nothing else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,8 +156,23 @@ def test_bad_recipes_are_refused(text, capsys):
 
 def test_a_missing_mapper_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        mapper.load_mapper(tmp_path, "ldfs", "sketch", 3, "a model")
+        mapper.load_mapper(SimpleNamespace(run=tmp_path), "ldfs", "sketch", 3, "a model")
     assert "ldfs-sketch-seed3.pt" in capsys.readouterr().err
+
+
+def test_a_mapper_of_another_length_is_refused(tmp_path, capsys):
+    """mapper.py notices by itself; finetune.py alone, with another --mapper-steps, says so."""
+    path = mapper.mapper_path(tmp_path, "ldfs", "sketch", 0)
+    path.parent.mkdir()
+    for made, asked, says in ((7, None, "--mapper-steps 7"), (None, 7, "no --mapper-steps"), (7, 7, "")):
+        state = {"mapper": Mapper(4).state_dict(), "fingerprint": "CLIP's"}
+        torch.save({**state, "made_with": {"mapper_steps": made}}, path)
+        config = SimpleNamespace(run=tmp_path, mapper_steps=asked)
+        if says:
+            with pytest.raises(SystemExit):
+                mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's")
+            assert f"{path} was made with {says}. Say so" in capsys.readouterr().err
+    assert mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's").net[0].in_features == 4
 
 
 def test_the_networks_shape_is_lads():

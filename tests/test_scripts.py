@@ -89,7 +89,8 @@ def test_bad_input_to_run_arf(script, tiny_data, tmp_path, arguments, says):
     (["tiny", "photo", "--seeds", "0"], "--seeds: 0 is not a number above 0"),
 ])
 def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, arguments, says):
-    done = script("run_ldfs.sh", *arguments, "--data", tiny_data, "--run", tmp_path / "run", code=2)
+    # relative paths are as told from where one stands
+    done = script("run_ldfs.sh", *arguments, "--data", "data", "--run", "run", code=2)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and says in lines[0], done.stderr
 
