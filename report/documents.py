@@ -2,7 +2,8 @@
 
     python -m report.documents
 
-results/order.txt names the folders in their order; what is indented there is folded.
+results/order.txt names folders, and notes without any, in their order; what is indented there is
+folded.
 """
 
 import ast
@@ -24,6 +25,9 @@ def results_document():
     folder = ROOT / "results"
     text = notes(folder / "notes.md")
     for name in (folder / "order.txt").read_text().splitlines():
+        if name.endswith(".md"):
+            text += notes(folder / name)
+            continue
         run = folder / name.strip()
         title, _, section = notes(run / "notes.md").partition("\n")
         rows = read(run)
