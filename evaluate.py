@@ -190,8 +190,7 @@ def measure_checkpoints(config, dataset, clip, cached):
             mix = tuned if alpha == 1 else interpolate(original, tuned, alpha)
             if towers:
                 clip.model.load_state_dict(towers_of(mix))
-            trained = mix["head.weight"], mix.get("head.bias")
-            trained = None if method.train == "towers" else trained
+            trained = (mix["head.weight"], mix.get("head.bias")) if "head.weight" in mix else None
             rows = measure(encode if towers else cached, trained, towers, seed)
             if alpha not in (0.5, 1):  # points of a curve
                 means = (config.source, "OOD mean", "unseen mean")
