@@ -24,7 +24,7 @@ from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_mapper
 from methods import CACHED
-from strategies import Contrastive, CoOp, Full, Linear, Towers
+from strategies import PROMPTS, Contrastive, Full, Linear, Towers
 from training import fit, gathered
 from utils import fail, short_hash
 
@@ -99,6 +99,8 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         linear = replace(method, train="linear")
         probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed, init)
         start = probe.head.weight.data
+    schedule = config.schedules[method.train]
+    steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
     captions = data.captions(dataset, items) if method.captions else ()
     retrieved = load_retrieved(config.run, dataset, items) if method.retrieved else ()
 
@@ -108,8 +110,11 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         z_all = torch.stack([z, *(mapper(z) for mapper in mappers)])
     if method.train == "linear":
         learner = Linear(ce_step, clip, start)
-    elif method.train == "coop":
-        learner = CoOp(ce_step, clip, start, classnames, generator)
+    elif method.train in PROMPTS:
+        kind = PROMPTS[method.train]
+        torch.manual_seed(seed)  # of the meta-net's start
+        vectors = kind.start(clip, dataset.meta.phrases[config.source], generator)
+        learner = kind(ce_step, clip, classnames, vectors)
     elif method.train in ("full", "lpft"):
         learner = Full(ce_step, clip, start, mappers, config.unlocked_groups)
     elif method.contrastive:
@@ -124,9 +129,9 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         [template(classnames[0]) for template in templates],
         data.class_texts(dataset, config.source),
     )
-    schedule, path = config.schedules[method.train], checkpoint_path(config, name, seed)
+    path = checkpoint_path(config, name, seed)
     batches = batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved)
-    fit(learner, batches, math.ceil(len(items) / schedule.batch_size), schedule, path, config_hash)
+    fit(learner, batches, steps_per_epoch, schedule, path, config_hash)
     return learner
 
 

@@ -6,7 +6,8 @@
     lpft                  the image tower finetuned from a trained linear probe
     flyp                  CLIP's contrastive loss on class prompts instead; trains both towers
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
-    coop+ldfs, lpft+ldfs, arf+ldfs                … and on LDFS's features
+    coop, cocoop          a prompt, and one that each image shifts
+    coop+ldfs, lpft+lads, arf+ldfs             … and on LDFS's or LADS's features
 """
 
 import math
@@ -54,11 +55,12 @@ RECIPES = {
 TRAINED = {
     "linear": "head",             # on features of the frozen image tower
     "coop": "prompt",             # likewise
+    "cocoop": "prompt, meta-net",  # likewise
     "full": "image tower, head",  # WiSE-FT's standard finetuning
     "lpft": "image tower, head",  # likewise, from a trained probe
     "towers": "both towers",      # the head is what the text tower makes of the class prompts
 }
-CACHED = ("linear", "coop")  # what is trained on features of a frozen image tower
+CACHED = ("linear", "coop", "cocoop")  # what is trained on features of a frozen image tower
 
 
 @dataclass(frozen=True)

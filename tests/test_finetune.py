@@ -53,7 +53,7 @@ def world(tiny_data, tiny_clip, tmp_path):
             changes = {"schedules": schedules, "run": run or self.cfg.run, **changes}
             cfg = config.Config(**{**vars(self.cfg), **changes})
             self.clip.model.load_state_dict(self.original)
-            finetune.finetune(self.clip, self.dataset, cfg, name, method, seed)
+            self.learner = finetune.finetune(self.clip, self.dataset, cfg, name, method, seed)
             self.path = finetune.checkpoint_path(cfg, name, seed)
             return torch.load(self.path)["modules"]
 
@@ -77,22 +77,24 @@ def changed(before, after):
 # --- what is trained ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train, moves", [
-    ("linear", set()), ("coop", set()), ("full", {"visual"}), ("lpft", {"visual"}),
-    ("towers", {"visual"} | TEXT_TOWER),
+@pytest.mark.parametrize("train, trained, moves", [
+    ("linear", {"head"}, set()), ("coop", {"vectors"}, set()), ("cocoop", {"vectors", "meta_net"}, set()),
+    ("full", {"head", "towers"}, {"visual"}), ("lpft", {"head", "towers"}, {"visual"}),
+ ("towers", {"towers"}, {"visual"} | TEXT_TOWER),
 ])
-def test_only_what_is_trained_moves(world, monkeypatch, train, moves):
+def test_only_what_is_trained_moves(world, monkeypatch, train, trained, moves):
     frozen = mapper_of(monkeypatch)
     before = copy.deepcopy(frozen.state_dict())
     modules = world.run(f"{train}+ldfs", init="text")
     assert changed(world.original, world.clip.model.state_dict()) == moves
     assert not changed(before, frozen.state_dict()) and all(p.grad is None for p in frozen.parameters())
-    if train == "towers":  # there, it is the text's
-        assert "head.weight" not in modules
-    else:
-        head = F.normalize(modules["head.weight"], dim=-1)
-        start = features.encode_texts(world.clip, data.class_texts(world.dataset, "photo"))
-        assert not torch.allclose(head, start, atol=1e-6)
+    named = world.learner.named_parameters()
+    assert {name.split(".")[0] for name, p in named if p.requires_grad} == trained
+    text = features.encode_texts(world.clip, data.class_texts(world.dataset, "photo"))
+    heads = [F.normalize(v, dim=-1) for k, v in modules.items() if k == "head.weight"]
+    assert [torch.allclose(head, text, atol=1e-6) for head in heads] == {
+        "linear": [False], "full": [False], "lpft": [False],
+    }.get(train, [])  # prompts and both towers have texts in its place
 
 
 def test_of_a_tower_that_is_locked_the_last_groups_move(world):
@@ -273,6 +275,7 @@ def test_settings_are_frozen_and_their_id_is_what_a_result_hangs_on(tiny_data, t
     ("flyp", Method("towers", True)), ("flyp+captions", Method("towers", True, captions=True)),
     ("arf", Method("towers", True, True, True)), ("arf+ldfs", Method("towers", True, True, True, "ldfs")),
     ("coop+lads", Method("coop", recipe="lads")), ("lpft", Method("lpft")),
+    ("cocoop+ldfs", Method("cocoop", recipe="ldfs")),
 ])
 def test_methods_are_named_by_what_they_are_made_of(text, method):
     assert parse_method(text, "full") == method
@@ -446,36 +449,76 @@ def test_two_processes_train_as_one_on_the_same_global_batch(anchored, tiny_data
         assert far.mean() < 1e-4 * moved.mean() + 1e-9, name
 
 
-# --- CoOp, checkpoints -------------------------------------------------------------------------------
+# --- prompts, CLIPood, checkpoints -------------------------------------------------------------------
 
 
-def test_coops_prompt_with_the_embeddings_of_words_is_these_words(world):
-    """Vectors set to the embeddings of "X": the text tower says the same as of "X X X X cat."; only
-    they learn.
-    """
-    clip, names = world.clip, world.dataset.classnames
-    generator = torch.Generator().manual_seed(0)
-    learner = strategies.CoOp(ce_step, clip, torch.zeros(3, 32), names, generator)
-    trained = [name for name, p in learner.named_parameters() if p.requires_grad]
-    assert learner.vectors.shape == (4, 32) and trained == ["vectors"]
+def prompt(world, train="cocoop", step=ce_step):
+    """An untrained CoOp or CoCoOp."""
+    kind, phrase = strategies.PROMPTS[train], world.dataset.meta.phrases["photo"]
+    vectors = kind.start(world.clip, phrase, torch.Generator().manual_seed(0))
+    return kind(step, world.clip, world.dataset.classnames, vectors)
+
+
+@pytest.mark.parametrize("start_token", [True, False])
+def test_coops_prompt_with_the_embeddings_of_words_is_these_words(world, start_token):
+    """… whether the tokenizer sets a start token or, like the emoji's, does not; only they learn."""
+    clip, names, whole = world.clip, world.dataset.classnames, world.clip.tokenizer
+
+    def without(texts):
+        return F.pad(whole(texts)[:, 1:], (0, 1))
+
+    clip.tokenizer = whole if start_token else without
+    learner = prompt(world, "coop")
+    assert learner.vectors.shape == (4, 32)
     for words in ("X X X X", "X to be X"):
         texts = [f"{words} {name}." for name in names]
-        learner.vectors.data[:] = clip.model.token_embedding.weight[clip.tokenizer(texts)[0, 1:5]]
-        assert torch.allclose(learner.class_text(), features.encode_texts(clip, texts), atol=1e-6)
-    learner.class_text()[:, 0].sum().backward()
+        tokens = clip.tokenizer(texts)[0, start_token:start_token + 4]
+        learner.vectors.data[:] = clip.model.token_embedding.weight[tokens]
+        got = learner.encode(learner.vectors, learner.tokens)
+        assert torch.allclose(got, features.encode_texts(clip, texts), atol=1e-6)
+    got[:, 0].sum().backward()
     assert (learner.vectors.grad.abs().sum(1) > 0).all()
     assert clip.model.token_embedding.weight.grad is None
 
 
-def test_coop_learns_the_classes(world):
-    """On features of three colours, the trained prompt classifies; its head is in the
-    checkpoint.
-    """
-    head = world.run("coop", schedule=Schedule(40, 8, 3e-2, weight_decay=0))["head.weight"]
+def test_what_is_padding_in_all_prompts_is_left_out(world):
+    learner, lengths = prompt(world, "coop"), []
+    block = world.clip.model.transformer.resblocks[0]
+    block.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    learner.encode(learner.vectors, learner.tokens)
+    assert lengths == [1 + 4 + 2 + 1 + 1 + 1]  # start, vectors, "red house", full stop, end, one more
+
+
+def test_cocoop_starts_as_the_sources_words(world):
+    """… zero-shot, and with a meta-net that is 0 it is CoOp."""
+    names, z = world.dataset.classnames, F.normalize(torch.randn(5, 32), dim=-1)
+    logits = prompt(world).classifier(names)(z)
+    text = features.encode_texts(world.clip, [f"a photo of a {name}." for name in names])
+    assert torch.allclose(logits, world.clip.logit_scale * z @ text.T, atol=1e-4)
+    coop = strategies.CoOp(ce_step, world.clip, names, prompt(world).vectors.data)
+    assert torch.allclose(logits, coop.classifier(names)(z), atol=1e-4)
+
+
+def test_cocoop_gives_each_image_its_own_prompt(world):
+    """Against CoOp with V + π(z), image by image; classes it never saw can be named."""
+    learner, z = prompt(world), F.normalize(torch.randn(5, 32), dim=-1)
+    torch.nn.init.normal_(learner.meta_net[2].weight)
+    names = ["tiger", "red house"]
+    got = learner.classifier(names)(z)
+    for image, logits in zip(z, got):
+        coop = strategies.CoOp(ce_step, world.clip, names, learner.vectors.data + learner.meta_net(image))
+        assert torch.allclose(logits, coop.classifier(names)(image[None])[0], atol=1e-4)
+    assert (got[0] - got[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("train", ["coop", "cocoop"])
+def test_a_prompt_learns_the_classes(world, train):
+    """On features of three colours, the trained prompt classifies."""
+    world.run(train, schedule=Schedule(40, 8, 3e-2 if train == "coop" else 1e-2, weight_decay=0))
     items = world.dataset.split("photo", "photo", "train", 0)
     z = features.encode_images(world.clip, items)
-    right = (z @ head.T).argmax(1).eq(torch.tensor([y for _, y in items])).float().mean()
-    assert right > 0.9 and torch.allclose(head.norm(dim=1), torch.ones(3), atol=1e-5)
+    logits = world.learner.classifier(world.dataset.classnames)(z)
+    assert logits.argmax(1).eq(torch.tensor([y for _, y in items])).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("train", ["full", "linear"])
