@@ -38,7 +38,7 @@ class Schedule:
 # and lr 2e-3 of CoOp's public code, with AdamW; cocoop: the 10 epochs of CoCoOp's, at batch 8 in
 # place of 1, since a step encodes a text for each image, class and domain. full, lpft, towers: the
 # 10 epochs and lr 1e-5 that FLYP uses with OpenAI's ViT-B/16, at a smaller batch, and WiSE-FT's
-# clipping at 1 for its baseline; alternative: a data set's own
+# clipping at 1 for its baseline; clipood: the lr of its public code; alternative: a data set's own
 # `schedules`; --epochs, --batch-size, --lr, chosen on the "val" part.
 SCHEDULES = {
     "linear": Schedule(epochs=200, batch_size=256, lr=1e-3),
@@ -46,6 +46,7 @@ SCHEDULES = {
     "cocoop": Schedule(epochs=10, batch_size=8, lr=2e-3, weight_decay=0.0),
     "full": Schedule(epochs=10, batch_size=64, lr=1e-5, max_norm=1.0),
     "lpft": Schedule(epochs=10, batch_size=64, lr=1e-5, max_norm=1.0),
+    "clipood": Schedule(epochs=10, batch_size=64, lr=5e-6),
     "towers": Schedule(epochs=10, batch_size=64, lr=1e-5),
 }
 

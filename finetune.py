@@ -24,7 +24,7 @@ from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_mapper
 from methods import CACHED
-from strategies import PROMPTS, Contrastive, Full, Linear, Towers
+from strategies import PROMPTS, CLIPood, Contrastive, Full, Linear, Towers
 from training import fit, gathered
 from utils import fail, short_hash
 
@@ -117,6 +117,9 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         learner = kind(ce_step, clip, classnames, vectors)
     elif method.train in ("full", "lpft"):
         learner = Full(ce_step, clip, start, mappers, config.unlocked_groups)
+    elif method.train == "clipood":
+        steps = schedule.epochs * steps_per_epoch
+        learner = CLIPood(ce_step, clip, class_text, mappers, config.unlocked_groups, steps)
     elif method.contrastive:
         learner = Contrastive(contrastive_step, clip, mappers, config, dataset)
     else:

@@ -3,7 +3,7 @@ whose forward is a step's loss.
 
 Synthesised features enter in one of two ways. Where the image tower stays (linear, coop, cocoop),
 they are made once and stand behind the original ones: batch.z is [z, ẑ^1 … ẑ^K]. Where it moves
-(full, lpft, towers), `synthesise` sends the current z through the frozen mappers. Either
+(full, lpft, clipood, towers), `synthesise` sends the current z through the frozen mappers. Either
 way a step takes [z, ẑ^1 … ẑ^K].
 """
 
@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import data
 from features import autocast
@@ -219,6 +220,50 @@ class Full(Learner):
     def forward(self, batch):
         z = self.clip.encode_image(batch.images)                                           # (B, d)
         return self.step(self.synthesise(z), batch.labels, self.head)
+
+
+def beta_weights(steps, beta=0.5):
+    """α_t / Σ α of the weights θ_0 … θ_T, (T + 1,): α_t ∝ Beta(β, β) at (t + ½) / (T + 1).
+
+    Source: CLIPood (arXiv 2302.00864); with its β = ½ the first and the last weigh most.
+    """
+    at = (torch.arange(steps + 1, dtype=torch.float64) + 0.5) / (steps + 1)
+    alpha = (at * (1 - at)) ** (beta - 1)
+    return alpha / alpha.sum()
+
+
+class CLIPood(Learner):
+    """The image tower, by a margin metric softmax over class prompts that stay; what is kept is a
+    Beta moving average of its weights.
+
+    L = CE( s · (S(z, T_c) + λ (1 − S(T_y, T_c)))_c, y ), S the cosine, λ = 0.3: the less a class is
+    like y, the farther from it. 1 cancels in the softmax, so that this is s · (z − λ T_y) · T_c.
+    Source: CLIPood (arXiv 2302.00864) and its public code.
+    """
+
+    def __init__(self, step, clip, class_text, mappers, unlocked_groups, steps):
+        super().__init__(step, clip, mappers)
+        self.head = new_head(clip, class_text).requires_grad_(False)                    # T, (C, d)
+        self.towers = clip.model
+        unlock(self.towers.visual, self.towers, unlocked_groups)
+        alpha = beta_weights(steps)
+        share = (alpha / alpha.cumsum(0)).float().to(clip.device)       # of θ_t among θ_0 … θ_t
+        self.average = AveragedModel(
+            self.towers.visual, avg_fn=lambda mean, theta, t: mean.lerp(theta, share[t])
+        ).requires_grad_(False)
+        self.after_step()                                                                  # θ_0
+
+    def forward(self, batch):
+        z, class_text = self.clip.encode_image(batch.images), self.head.weight     # (B, d), (C, d)
+        margin = 0.3 * class_text[batch.labels]                                            # (B, d)
+        features = self.synthesise(z)
+        return self.step(features, batch.labels, lambda x: self.scale * (x - margin) @ class_text.T)
+
+    def after_step(self):
+        self.average.update_parameters(self.towers.visual)
+
+    def finish(self):
+        self.towers.visual.load_state_dict(self.average.module.state_dict())
 
 
 class Towers(Learner):

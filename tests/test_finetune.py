@@ -80,7 +80,7 @@ def changed(before, after):
 @pytest.mark.parametrize("train, trained, moves", [
     ("linear", {"head"}, set()), ("coop", {"vectors"}, set()), ("cocoop", {"vectors", "meta_net"}, set()),
     ("full", {"head", "towers"}, {"visual"}), ("lpft", {"head", "towers"}, {"visual"}),
- ("towers", {"towers"}, {"visual"} | TEXT_TOWER),
+    ("clipood", {"towers"}, {"visual"}), ("towers", {"towers"}, {"visual"} | TEXT_TOWER),
 ])
 def test_only_what_is_trained_moves(world, monkeypatch, train, trained, moves):
     frozen = mapper_of(monkeypatch)
@@ -93,7 +93,7 @@ def test_only_what_is_trained_moves(world, monkeypatch, train, trained, moves):
     text = features.encode_texts(world.clip, data.class_texts(world.dataset, "photo"))
     heads = [F.normalize(v, dim=-1) for k, v in modules.items() if k == "head.weight"]
     assert [torch.allclose(head, text, atol=1e-6) for head in heads] == {
-        "linear": [False], "full": [False], "lpft": [False],
+        "linear": [False], "full": [False], "lpft": [False], "clipood": [True],
     }.get(train, [])  # prompts and both towers have texts in its place
 
 
@@ -275,7 +275,7 @@ def test_settings_are_frozen_and_their_id_is_what_a_result_hangs_on(tiny_data, t
     ("flyp", Method("towers", True)), ("flyp+captions", Method("towers", True, captions=True)),
     ("arf", Method("towers", True, True, True)), ("arf+ldfs", Method("towers", True, True, True, "ldfs")),
     ("coop+lads", Method("coop", recipe="lads")), ("lpft", Method("lpft")),
-    ("cocoop+ldfs", Method("cocoop", recipe="ldfs")),
+    ("cocoop+ldfs", Method("cocoop", recipe="ldfs")), ("clipood", Method("clipood")),
 ])
 def test_methods_are_named_by_what_they_are_made_of(text, method):
     assert parse_method(text, "full") == method
@@ -519,6 +519,45 @@ def test_a_prompt_learns_the_classes(world, train):
     z = features.encode_images(world.clip, items)
     logits = world.learner.classifier(world.dataset.classnames)(z)
     assert logits.argmax(1).eq(torch.tensor([y for _, y in items])).float().mean() > 0.9
+
+
+def clipood(world, step=ce_step, steps=9):
+    text = features.encode_texts(world.clip, data.class_texts(world.dataset, "photo"))
+    return strategies.CLIPood(step, world.clip, text, (), None, steps)
+
+
+def test_both_forms_of_clipoods_margin_agree(world):
+    """λ times the distance of the texts, on the wrong classes' cosines: the loss is the same."""
+    images, y = torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 1, 0])
+    loss = clipood(world)(batches.Batch(y, images=images))
+    text, z = clipood(world).head.weight, world.clip.encode_image(images)
+    cosines = z @ text.T + 0.3 * (1 - text @ text.T)[y]
+    assert torch.allclose(loss, F.cross_entropy(world.clip.logit_scale * cosines, y), atol=1e-5)
+    assert not torch.allclose(loss, F.cross_entropy(world.clip.logit_scale * z @ text.T, y), atol=1e-3)
+
+
+def test_clipoods_average_has_the_weights_of_a_beta_distribution(world):
+    alpha = strategies.beta_weights(9)
+    density = torch.distributions.Beta(0.5, 0.5).log_prob((torch.arange(10) + 0.5) / 10).exp()
+    assert torch.allclose(alpha, (density / density.sum()).double(), atol=1e-6)
+    assert alpha.sum() == pytest.approx(1) and torch.allclose(alpha, alpha.flip(0))
+    learner, proj = clipood(world), world.clip.model.visual.proj.data
+    expected = alpha[0] * proj
+    for t in range(1, 10):
+        proj.normal_()
+        learner.after_step()
+        expected = expected + alpha[t] * proj
+    learner.finish()
+    assert torch.allclose(world.clip.model.visual.proj, expected, atol=1e-5)
+
+
+def test_clipood_learns_the_source_and_without_a_step_is_zero_shot(world):
+    items = world.dataset.split("photo", "photo", "train", 0)
+    labels = torch.tensor([y for _, y in items])
+    world.run("clipood", schedule=Schedule(1, 18, 0.0))
+    assert not changed(world.original, world.clip.model.state_dict())
+    head = world.run("clipood", schedule=Schedule(30, 18, 3e-3))["head.weight"]
+    assert (features.encode_images(world.clip, items) @ head.T).argmax(1).eq(labels).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("train", ["full", "linear"])
