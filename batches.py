@@ -16,7 +16,7 @@ class Batch:
     """B training images and what goes with them; None: the method at hand does not use it."""
 
     labels: torch.Tensor                    # (B,)
-    z: torch.Tensor | None = None           # (B, d) features, where the image tower is frozen
+    z: torch.Tensor | None = None           # (K + 1, B, d), where the image tower is frozen
     images: torch.Tensor | None = None      # (B, 3, H, W)
     prompts: torch.Tensor | None = None     # (B, L) tokens of each image's class
     captions: torch.Tensor | None = None    # (B, L) tokens of each image's caption
@@ -27,7 +27,8 @@ def batches_of(clip, dataset, config, method, seed, items, z_all, captions, retr
     """epoch -> iterator of Batch.
 
     Order, augmentation and prompts hang on (seed, epoch) alone: a resumed run is the uninterrupted
-    one (on a CPU to the bit). z_all: (N, d) of `items` where the image tower is frozen, else None.
+    one (on a CPU to the bit). z_all: z, ẑ^1 … ẑ^K of `items`, (K + 1, N, d), where the image tower
+    is frozen, else None.
     """
     labels = torch.tensor([label for _, label in items])
     classnames, templates = data.prompt_templates(dataset, config.source)
@@ -47,7 +48,7 @@ def batches_of(clip, dataset, config, method, seed, items, z_all, captions, retr
         template = torch.randint(len(tokens), (len(items),), generator=generator)
         mine = shares([rows.tolist() for rows in order])
         if z_all is not None:
-            yield from (Batch(labels[rows].to(clip.device), z_all[rows]) for rows in mine)
+            yield from (Batch(labels[rows].to(clip.device), z_all[:, rows]) for rows in mine)
             return
         if method.retrieved:
             numbers = range(epoch * steps, (epoch + 1) * steps)

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps
 
+from methods import TRAINED
 from utils import fail, undamaged, warn, write_atomically
 
 # CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10.
@@ -95,8 +96,8 @@ class Meta:
         texts = [text for texts in self.templates.values() for text in texts]
         if not all(re.findall("[{}]+", text) == ["{}"] for text in texts):
             raise ValueError("its templates are not lists of texts with one {} in each")
-        if not self.schedules.keys() <= {"linear", "coop", "full", "lpft", "towers"}:
-            raise ValueError("its schedules are not of linear, coop, full, lpft or towers")
+        if not self.schedules.keys() <= TRAINED.keys():
+            raise ValueError(f"its schedules are not of {', '.join(TRAINED)}")
 
 
 @dataclass(frozen=True)

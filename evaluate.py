@@ -26,6 +26,7 @@ from finetune import checkpoint_path
 from methods import CACHED, TRAINED
 from quality import figure4, figure5
 from report import figures, results, tables
+from strategies import PROMPTS
 from utils import fail, only_one_process, short_hash, undamaged, warn, write_atomically
 
 # -------------------------------------------------------------------------------------------------
@@ -33,8 +34,11 @@ from utils import fail, only_one_process, short_hash, undamaged, warn, write_ato
 
 
 def accuracy(z, labels, head):
-    """Top-1, per cent, of features (N, d) under a head: weight (C, d), bias (C,) or None."""
-    return 100 * F.linear(z, *head).argmax(1).eq(labels).float().mean().item()
+    """Top-1, per cent, of features (N, d) under a head: weight (C, d), bias (C,) or None, or what
+    makes logits (N, C) of them.
+    """
+    logits = head(z) if callable(head) else F.linear(z, *head)
+    return 100 * logits.argmax(1).eq(labels).float().mean().item()
 
 
 def accuracies(dataset, source, seed, features_of, head_of):
@@ -88,8 +92,8 @@ def unseen_accuracies(dataset, features_of, head_of):
 
 
 def heads(clip, dataset, source, trained=None):
-    """head_of(domain): the trained head, or without one what the text tower says at the time of the
-    call.
+    """head_of(domain): the trained head, or of a prompt its `classifier` for the names there, or
+    without either what the text tower says at the time of the call.
 
     CHOICE: unseen classes, too, are named in the source's words, whatever the domain, since a model
     in use does not know what domain it meets; alternative: in each domain's own.
@@ -100,6 +104,8 @@ def heads(clip, dataset, source, trained=None):
         classnames, templates = data.prompt_templates(dataset, source, domain)
         if trained is None:
             return zero_shot_head(clip, classnames, templates), None
+        if callable(trained):
+            return trained(classnames)
         return restricted(trained, dataset.classnames, classnames) if domain else trained
 
     return lambda domain: head_of(domain if domain in dataset.heads else None)
@@ -151,22 +157,23 @@ def measure_checkpoints(config, dataset, clip, cached):
     def encode(dataset, domain, items):
         return encode_images(clip, items, label=domain)
 
-    def measure(features_of, trained, towers, seed):
+    def measure(features_of, trained, names, seed):  # names: any classes can be told apart by them
         rows = accuracies(
             dataset, config.source, seed, features_of, heads(clip, dataset, config.source, trained)
         )
-        if unseen and towers:
-            rows += unseen_accuracies(unseen, features_of, heads(clip, unseen, config.source))
+        if unseen and names:
+            said = heads(clip, unseen, config.source, trained if callable(trained) else None)
+            rows += unseen_accuracies(unseen, features_of, said)
         return rows
 
     jobs = [(seed, name) for seed in range(config.seeds) for name in ["zero-shot", *config.methods]]
     for seed, name in tqdm(jobs, desc="evaluating", unit="run", leave=False):
         shared = {"method": name, "seed": seed}
         if name == "zero-shot":
-            towers = any(m.train not in CACHED for m in config.methods.values())
-            key = short_hash(clip.fingerprint, tested, seed, config.id, towers)[:12]
+            names = any(m.train != "linear" for m in config.methods.values())
+            key = short_hash(clip.fingerprint, tested, seed, config.id, names)[:12]
             if key not in measured:
-                rows = measure(cached, None, towers, seed)
+                rows = measure(cached, None, names, seed)
                 results.append(config, [{**row, **shared, "key": key} for row in rows])
             continue
         path, method = checkpoint_path(config, name, seed), config.methods[name]
@@ -186,16 +193,19 @@ def measure_checkpoints(config, dataset, clip, cached):
         shared["trained"] = TRAINED[method.train]
         shared |= {"lambda_cap": config.lambda_cap} if method.captions else {}
         shared |= {"lambda_ret": config.lambda_ret} if method.retrieved else {}
-        for alpha in (1.0, *config.alphas):
+        for alpha in (1.0, *(config.alphas if method.train not in PROMPTS else ())):
             key = short_hash(state["config_hash"], tested, alpha)[:12]
             if key in measured:
                 continue
             mix = tuned if alpha == 1 else interpolate(original, tuned, alpha)
             if towers:
                 clip.model.load_state_dict(towers_of(mix))
-            trained = mix["head.weight"], mix.get("head.bias")
-            trained = None if method.train == "towers" else trained
-            rows = measure(encode if towers else cached, trained, towers, seed)
+            trained = (mix["head.weight"], mix.get("head.bias")) if "head.weight" in mix else None
+            if method.train in PROMPTS:
+                prompt = PROMPTS[method.train](None, clip, dataset.classnames, tuned["vectors"])
+                prompt.load_state_dict(tuned)
+                trained = prompt.classifier
+            rows = measure(encode if towers else cached, trained, method.train != "linear", seed)
             if alpha not in (0.5, 1):  # points of a curve
                 means = (config.source, "OOD mean", "unseen mean")
                 rows = [row for row in rows if row["domain"] in means and "val" != row.get("split")]

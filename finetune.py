@@ -1,4 +1,4 @@
-"""Finetune CLIP on the source domain: LDFS's step 2, FLYP, ARF. Steps, what is trained, one loop.
+"""Finetune CLIP on the source domain: LDFS's step 2, FLYP, ARF. Their steps, and one run.
 
     python finetune.py pacs photo --methods finetune lads ldfs                  # linear heads
     python finetune.py pacs photo --paper arf --methods finetune flyp arf arf+ldfs    # towers
@@ -12,7 +12,6 @@ import math
 from dataclasses import asdict, replace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_mapper
 from methods import CACHED
+from strategies import PROMPTS, CLIPood, Contrastive, Full, Linear, Towers
 from training import fit, gathered
 from utils import fail, short_hash
 
@@ -69,145 +69,6 @@ def contrastive_step(clip, batch, mappers=(), lambda_cap=1.0, lambda_ret=1.0):
 
 
 # -------------------------------------------------------------------------------------------------
-# What is trained: modules whose state is the checkpoint, and whose forward is the step
-
-
-class Learner(nn.Module):
-    """Trains what wants a gradient; `head`, (C, d), is what evaluate.py classifies with."""
-
-    slow = True  # worth a checkpoint after each epoch
-
-    def __init__(self, clip, start, mappers=(), bias=False):
-        super().__init__()
-        classes, dim = start.shape
-        self.head = nn.Linear(dim, classes, bias=bias, device=clip.device)
-        self.head.weight.data.copy_(start)
-        self.clip, self.mappers, self.scale = clip, tuple(mappers), clip.logit_scale
-
-    def synthesise(self, z):
-        """[z, ẑ^1 … ẑ^K], each (B, d).
-
-        CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so
-        that ẑ stays a synthesis of this z; alternative: ẑ of the original z, which the tower
-        leaves.
-        """
-        return [z, *(mapper(z) for mapper in self.mappers)]
-
-    def after_step(self):
-        pass
-
-    def finish(self):
-        """Set the head where it is no parameter of its own."""
-
-
-class Linear(Learner):
-    """A linear probe W on features that stay: logits s · W z."""
-
-    slow = False
-
-    def forward(self, batch):
-        features = self.synthesise(batch.z)
-        return ce_step(features, batch.labels, lambda x: self.scale * x @ self.head.weight.T)
-
-
-class CoOp(Learner):
-    """A learned prompt "V₁ … V_M dog." on features that stay.
-
-    Source: CoOp (arXiv 2109.01134), equation 2.
-    CHOICE: M = 16, as CoOp's default, or what a short text tower leaves beside eight tokens, the
-    same vectors for all classes; alternative: vectors of each class.
-    """
-
-    def __init__(self, clip, start, mappers, classnames, generator):
-        super().__init__(clip, start, mappers)
-        self.head.requires_grad_(False)
-        text = getattr(clip.model, "text", clip.model)
-        if not hasattr(text, "token_embedding"):
-            fail(f"{clip.name}: its text tower is not open_clip's own, which coop needs.")
-        m, width = min(16, max(1, text.context_length - 8)), text.token_embedding.embedding_dim
-        vectors = 0.02 * torch.randn(m, width, generator=generator)
-        self.vectors = nn.Parameter(vectors.to(clip.device))
-        # the tokens of X give way to V
-        self.tokens = clip.tokenizer([f"{'X ' * m}{name}." for name in classnames])
-        self.embedding = (text.token_embedding,)  # in a tuple: it is not this module's to train
-
-    def class_text(self):
-        """T: (C, d) text features of the classes, unit norm."""
-
-        def put(module, tokens, embedded):  # (C, L, width): start, V₁ … V_M, class, end
-            vectors = self.vectors.expand(len(embedded), -1, -1).to(embedded.dtype)
-            return torch.cat([embedded[:, :1], vectors, embedded[:, 1 + vectors.shape[1]:]], dim=1)
-
-        hook = self.embedding[0].register_forward_hook(put)
-        try:
-            return self.clip.encode_text(self.tokens)
-        finally:
-            hook.remove()
-
-    def forward(self, batch):
-        features, class_text = self.synthesise(batch.z), self.class_text()
-        return ce_step(features, batch.labels, lambda x: self.scale * x @ class_text.T)
-
-    def finish(self):
-        self.head.weight.data = self.class_text().detach()
-
-
-class Full(Learner):
-    """Image tower and head, WiSE-FT's standard finetuning: logits W z + b, where W starts as s · T.
-
-    Source: WiSE-FT (arXiv 2109.01903) and its public code: the scale is inside of the parameter.
-    """
-
-    def __init__(self, clip, start, mappers, unlocked_groups):
-        super().__init__(clip, clip.logit_scale * start, mappers, bias=True)
-        self.head.bias.data.zero_()
-        self.towers = clip.model
-        unlock(self.towers.visual, self.towers, unlocked_groups)
-
-    def forward(self, batch):
-        z = self.clip.encode_image(batch.images)                                           # (B, d)
-        return ce_step(self.synthesise(z), batch.labels, self.head)
-
-
-class Towers(Learner):
-    """Both towers and the logit scale, by cross-entropy: the head is what the text tower says."""
-
-    def __init__(self, clip, start, mappers, config, dataset):
-        super().__init__(clip, start, mappers)
-        self.head.requires_grad_(False)
-        self.towers, self.config = clip.model, config
-        self.prompts = data.prompt_templates(dataset, config.source)
-        self.class_tokens = clip.tokenizer(data.class_texts(dataset, config.source))       # (C, L)
-        unlock(self.towers, self.towers, config.unlocked_groups)
-
-    def forward(self, batch):
-        z, scale = self.clip.encode_image(batch.images), self.towers.logit_scale.exp()     # (B, d)
-        class_text = self.clip.encode_text(self.class_tokens)                              # (C, d)
-        return ce_step(self.synthesise(z), batch.labels, lambda x: scale * x @ class_text.T)
-
-    def after_step(self):
-        self.towers.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
-
-    def finish(self):
-        self.head.weight.data = zero_shot_head(self.clip, *self.prompts).to(self.clip.device)
-
-
-class Contrastive(Towers):
-    """Likewise, by CLIP's own loss: FLYP, ARF."""
-
-    def forward(self, batch):
-        weights = self.config.lambda_cap, self.config.lambda_ret
-        return contrastive_step(self.clip, batch, self.mappers, *weights)
-
-
-def unlock(module, model, groups):
-    """Let `module` be trained; of the image tower only the last `groups` of layers, if given."""
-    module.requires_grad_()
-    if groups is not None:
-        model.lock_image_tower(unlocked_groups=groups)
-
-
-# -------------------------------------------------------------------------------------------------
 # One run: a method and a seed
 
 
@@ -238,21 +99,31 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         linear = replace(method, train="linear")
         probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed, init)
         start = probe.head.weight.data
+    schedule = config.schedules[method.train]
+    steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
     captions = data.captions(dataset, items) if method.captions else ()
     retrieved = load_retrieved(config, dataset, items) if method.retrieved else ()
 
     z_all = None
-    if method.train in CACHED:  # nothing moves: encoded once
-        z_all = cached_features(clip, dataset, config.source, config.run)(items).to(clip.device)
+    if method.train in CACHED:  # nothing moves: z, ẑ^1 … ẑ^K are made once, (K + 1, N, d)
+        z = cached_features(clip, dataset, config.source, config.run)(items).to(clip.device)
+        z_all = torch.stack([z, *(mapper(z) for mapper in mappers)])
     if method.train == "linear":
-        learner = Linear(clip, start, mappers)
-    elif method.train == "coop":
-        learner = CoOp(clip, start, mappers, classnames, generator)
+        learner = Linear(ce_step, clip, start)
+    elif method.train in PROMPTS:
+        kind = PROMPTS[method.train]
+        torch.manual_seed(seed)  # of the meta-net's start
+        vectors = kind.start(clip, dataset.meta.phrases[config.source], generator)
+        learner = kind(ce_step, clip, classnames, vectors)
     elif method.train in ("full", "lpft"):
-        learner = Full(clip, start, mappers, config.unlocked_groups)
+        learner = Full(ce_step, clip, start, mappers, config.unlocked_groups)
+    elif method.train == "clipood":
+        steps = schedule.epochs * steps_per_epoch
+        learner = CLIPood(ce_step, clip, class_text, mappers, config.unlocked_groups, steps)
+    elif method.contrastive:
+        learner = Contrastive(contrastive_step, clip, mappers, config, dataset)
     else:
-        strategy = Contrastive if method.contrastive else Towers
-        learner = strategy(clip, start, mappers, config, dataset)
+        learner = Towers(ce_step, clip, mappers, config, dataset)
     # what goes in, not what is computed from it, which differs in the last bits between machines
     config_hash = short_hash(
         config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
@@ -261,9 +132,9 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         [template(classnames[0]) for template in templates],
         data.class_texts(dataset, config.source),
     )
-    schedule, path = config.schedules[method.train], checkpoint_path(config, name, seed)
+    path = checkpoint_path(config, name, seed)
     batches = batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved)
-    fit(learner, batches, math.ceil(len(items) / schedule.batch_size), schedule, path, config_hash)
+    fit(learner, batches, steps_per_epoch, schedule, path, config_hash)
     return learner
 
 

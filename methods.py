@@ -6,7 +6,9 @@
     lpft                  the image tower finetuned from a trained linear probe
     flyp                  CLIP's contrastive loss on class prompts instead; trains both towers
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
-    coop+ldfs, lpft+ldfs, arf+ldfs                … and on LDFS's features
+    coop, cocoop          a prompt, and one that each image shifts
+    clipood               the image tower, by a margin softmax, its weights averaged
+    coop+ldfs, clipood+lads, arf+ldfs             … and on LDFS's or LADS's features
 """
 
 import math
@@ -54,11 +56,13 @@ RECIPES = {
 TRAINED = {
     "linear": "head",             # on features of the frozen image tower
     "coop": "prompt",             # likewise
+    "cocoop": "prompt, meta-net",  # likewise
     "full": "image tower, head",  # WiSE-FT's standard finetuning
     "lpft": "image tower, head",  # likewise, from a trained probe
-    "towers": "both towers",      # the head is what the text tower makes of the class prompts
+    "clipood": "image tower",     # the head is what the text tower made of the class prompts
+    "towers": "both towers",      # … what it makes of them
 }
-CACHED = ("linear", "coop")  # what is trained on features of a frozen image tower
+CACHED = ("linear", "coop", "cocoop")  # what is trained on features of a frozen image tower
 
 
 @dataclass(frozen=True)

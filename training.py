@@ -12,7 +12,7 @@ from utils import undamaged, write_atomically
 
 
 def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash):
-    """Train `learner` (a Learner of finetune.py), or go on from a checkpoint of one config_hash.
+    """Train `learner` (a Learner of strategies.py), or go on from a checkpoint of one config_hash.
 
     batches: epoch -> iterator of what learner(batch) makes a loss of.
     Raises FloatingPointError at a loss or a weight that is not finite, naming the step.

@@ -200,6 +200,25 @@ def test_heads_and_unseen_classes_are_in_the_sources_words(tiny_data, tiny_clip,
     assert evaluate.heads(clip, dataset, "photo", trained)("sketch") is trained
 
 
+def test_prompts_are_measured_on_classes_that_they_never_saw(run, tiny_data, tmp_path):
+    import shutil
+
+    import finetune
+
+    shutil.copytree(tiny_data / "tiny", tiny_data / "others")
+    for domain in ("photo", "sketch", "cartoon"):
+        (tiny_data / "others" / domain / "cat").rename(tiny_data / "others" / domain / "tiger")
+    about = tiny_data / "tiny" / "dataset.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"unseen": "others"}))
+    methods = ["--methods", "finetune", "coop", "cocoop", "--alphas", "0.5"]
+    run(finetune.main, *methods)
+    run(evaluate.main, *methods)
+    rows = [json.loads(line) for line in rows_of(tmp_path).splitlines()]
+    means = {(r["method"], r.get("alpha", 1)): r["values"].get("unseen mean") for r in rows if "split" not in r}
+    assert means.keys() == {("zero-shot", 1), ("finetune", 1), ("finetune", 0.5), ("coop", 1), ("cocoop", 1)}
+    assert {name for (name, _), mean in means.items() if mean} == {"zero-shot", "coop", "cocoop"}
+
+
 def test_only_evaluate_reads_target_images(run, tiny_data):
     """With the images of all targets broken, mapper.py and finetune.py do not notice."""
     import finetune

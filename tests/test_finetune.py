@@ -19,6 +19,7 @@ import data
 import export
 import features
 import finetune
+import strategies
 import training
 from config import SCHEDULES, Schedule
 from finetune import ce_step, contrastive_step
@@ -54,7 +55,7 @@ def world(tiny_data, tiny_clip, tmp_path):
             changes = {"schedules": schedules, "run": run or self.cfg.run, **changes}
             cfg = config.Config(**{**vars(self.cfg), **changes})
             self.clip.model.load_state_dict(self.original)
-            finetune.finetune(self.clip, self.dataset, cfg, name, method, seed)
+            self.learner = finetune.finetune(self.clip, self.dataset, cfg, name, method, seed)
             self.path = finetune.checkpoint_path(cfg, name, seed)
             return torch.load(self.path)["modules"]
 
@@ -78,19 +79,24 @@ def changed(before, after):
 # --- what is trained ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train, moves", [
-    ("linear", set()), ("coop", set()), ("full", {"visual"}), ("lpft", {"visual"}),
-    ("towers", {"visual"} | TEXT_TOWER),
+@pytest.mark.parametrize("train, trained, moves", [
+    ("linear", {"head"}, set()), ("coop", {"vectors"}, set()), ("cocoop", {"vectors", "meta_net"}, set()),
+    ("full", {"head", "towers"}, {"visual"}), ("lpft", {"head", "towers"}, {"visual"}),
+    ("clipood", {"towers"}, {"visual"}), ("towers", {"towers"}, {"visual"} | TEXT_TOWER),
 ])
-def test_only_what_is_trained_moves(world, monkeypatch, train, moves):
+def test_only_what_is_trained_moves(world, monkeypatch, train, trained, moves):
     frozen = mapper_of(monkeypatch)
     before = copy.deepcopy(frozen.state_dict())
     modules = world.run(f"{train}+ldfs", init="text")
     assert changed(world.original, world.clip.model.state_dict()) == moves
     assert not changed(before, frozen.state_dict()) and all(p.grad is None for p in frozen.parameters())
-    head = F.normalize(modules["head.weight"], dim=-1)
-    start = features.encode_texts(world.clip, data.class_texts(world.dataset, "photo"))
-    assert torch.allclose(head, start, atol=1e-6) == (train == "towers")  # there, it is the text's
+    named = world.learner.named_parameters()
+    assert {name.split(".")[0] for name, p in named if p.requires_grad} == trained
+    text = features.encode_texts(world.clip, data.class_texts(world.dataset, "photo"))
+    heads = [F.normalize(v, dim=-1) for k, v in modules.items() if k == "head.weight"]
+    assert [torch.allclose(head, text, atol=1e-6) for head in heads] == {
+        "linear": [False], "full": [False], "lpft": [False], "clipood": [True],
+    }.get(train, [])  # prompts and both towers have texts in its place
 
 
 def test_of_a_tower_that_is_locked_the_last_groups_move(world):
@@ -271,6 +277,7 @@ def test_settings_are_frozen_and_their_id_is_what_a_result_hangs_on(tiny_data, t
     ("flyp", Method("towers", True)), ("flyp+captions", Method("towers", True, captions=True)),
     ("arf", Method("towers", True, True, True)), ("arf+ldfs", Method("towers", True, True, True, "ldfs")),
     ("coop+lads", Method("coop", recipe="lads")), ("lpft", Method("lpft")),
+    ("cocoop+ldfs", Method("cocoop", recipe="ldfs")), ("clipood", Method("clipood")),
 ])
 def test_methods_are_named_by_what_they_are_made_of(text, method):
     assert parse_method(text, "full") == method
@@ -348,9 +355,9 @@ def test_an_image_is_encoded_once_for_both_of_its_texts(anchored, monkeypatch, m
 def test_each_anchor_changes_what_is_learned(anchored, monkeypatch):
     mapper_of(monkeypatch)
     methods = ["flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs"]
-    states = [anchored.run(method)["head.weight"] for method in methods]
-    states += [anchored.run("arf", lambda_cap=0.1)["head.weight"]]
-    states += [anchored.run("arf", lambda_ret=0.1)["head.weight"]]
+    states = [anchored.run(method)["towers.text_projection"] for method in methods]
+    states += [anchored.run("arf", lambda_cap=0.1)["towers.text_projection"]]
+    states += [anchored.run("arf", lambda_ret=0.1)["towers.text_projection"]]
     assert all(not torch.allclose(a, b) for i, a in enumerate(states) for b in states[:i])
 
 
@@ -455,7 +462,7 @@ def test_two_processes_train_as_one_on_the_same_global_batch(anchored, tiny_data
         assert far.mean() < 1e-4 * moved.mean() + 1e-9, name
 
 
-# --- CoOp, checkpoints -------------------------------------------------------------------------------
+# --- prompts, CLIPood, checkpoints -------------------------------------------------------------------
 
 
 def test_an_exported_model_is_what_open_clip_loads(world, tmp_path, capsys):
@@ -475,32 +482,112 @@ def test_an_exported_model_is_what_open_clip_loads(world, tmp_path, capsys):
     assert "has files already" in (said := capsys.readouterr().err) and "no tower" in said
 
 
-def test_coops_prompt_with_the_embeddings_of_words_is_these_words(world):
-    """Vectors set to the embeddings of "X": the text tower says the same as of "X X X X cat."; only
-    they learn.
-    """
-    clip, names = world.clip, world.dataset.classnames
-    learner = finetune.CoOp(clip, torch.zeros(3, 32), (), names, torch.Generator().manual_seed(0))
-    trained = [name for name, p in learner.named_parameters() if p.requires_grad]
-    assert learner.vectors.shape == (4, 32) and trained == ["vectors"]
+def prompt(world, train="cocoop", step=ce_step):
+    """An untrained CoOp or CoCoOp."""
+    kind, phrase = strategies.PROMPTS[train], world.dataset.meta.phrases["photo"]
+    vectors = kind.start(world.clip, phrase, torch.Generator().manual_seed(0))
+    return kind(step, world.clip, world.dataset.classnames, vectors)
+
+
+@pytest.mark.parametrize("start_token", [True, False])
+def test_coops_prompt_with_the_embeddings_of_words_is_these_words(world, start_token):
+    """… whether the tokenizer sets a start token or, like the emoji's, does not; only they learn."""
+    clip, names, whole = world.clip, world.dataset.classnames, world.clip.tokenizer
+
+    def without(texts):
+        return F.pad(whole(texts)[:, 1:], (0, 1))
+
+    clip.tokenizer = whole if start_token else without
+    learner = prompt(world, "coop")
+    assert learner.vectors.shape == (4, 32)
     for words in ("X X X X", "X to be X"):
         texts = [f"{words} {name}." for name in names]
-        learner.vectors.data[:] = clip.model.token_embedding.weight[clip.tokenizer(texts)[0, 1:5]]
-        assert torch.allclose(learner.class_text(), features.encode_texts(clip, texts), atol=1e-6)
-    learner.class_text()[:, 0].sum().backward()
+        tokens = clip.tokenizer(texts)[0, start_token:start_token + 4]
+        learner.vectors.data[:] = clip.model.token_embedding.weight[tokens]
+        got = learner.encode(learner.vectors, learner.tokens)
+        assert torch.allclose(got, features.encode_texts(clip, texts), atol=1e-6)
+    got[:, 0].sum().backward()
     assert (learner.vectors.grad.abs().sum(1) > 0).all()
     assert clip.model.token_embedding.weight.grad is None
 
 
-def test_coop_learns_the_classes(world):
-    """On features of three colours, the trained prompt classifies; its head is in the
-    checkpoint.
-    """
-    head = world.run("coop", schedule=Schedule(40, 8, 3e-2, weight_decay=0))["head.weight"]
+def test_what_is_padding_in_all_prompts_is_left_out(world):
+    learner, lengths = prompt(world, "coop"), []
+    block = world.clip.model.transformer.resblocks[0]
+    block.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    learner.encode(learner.vectors, learner.tokens)
+    assert lengths == [1 + 4 + 2 + 1 + 1 + 1]  # start, vectors, "red house", full stop, end, one more
+
+
+def test_cocoop_starts_as_the_sources_words(world):
+    """… zero-shot, and with a meta-net that is 0 it is CoOp."""
+    names, z = world.dataset.classnames, F.normalize(torch.randn(5, 32), dim=-1)
+    logits = prompt(world).classifier(names)(z)
+    text = features.encode_texts(world.clip, [f"a photo of a {name}." for name in names])
+    assert torch.allclose(logits, world.clip.logit_scale * z @ text.T, atol=1e-4)
+    coop = strategies.CoOp(ce_step, world.clip, names, prompt(world).vectors.data)
+    assert torch.allclose(logits, coop.classifier(names)(z), atol=1e-4)
+
+
+def test_cocoop_gives_each_image_its_own_prompt(world):
+    """Against CoOp with V + π(z), image by image; classes it never saw can be named."""
+    learner, z = prompt(world), F.normalize(torch.randn(5, 32), dim=-1)
+    torch.nn.init.normal_(learner.meta_net[2].weight)
+    names = ["tiger", "red house"]
+    got = learner.classifier(names)(z)
+    for image, logits in zip(z, got):
+        coop = strategies.CoOp(ce_step, world.clip, names, learner.vectors.data + learner.meta_net(image))
+        assert torch.allclose(logits, coop.classifier(names)(image[None])[0], atol=1e-4)
+    assert (got[0] - got[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("train", ["coop", "cocoop"])
+def test_a_prompt_learns_the_classes(world, train):
+    """On features of three colours, the trained prompt classifies."""
+    world.run(train, schedule=Schedule(40, 8, 3e-2 if train == "coop" else 1e-2, weight_decay=0))
     items = world.dataset.split("photo", "photo", "train", 0)
     z = features.encode_images(world.clip, items)
-    right = (z @ head.T).argmax(1).eq(torch.tensor([y for _, y in items])).float().mean()
-    assert right > 0.9 and torch.allclose(head.norm(dim=1), torch.ones(3), atol=1e-5)
+    logits = world.learner.classifier(world.dataset.classnames)(z)
+    assert logits.argmax(1).eq(torch.tensor([y for _, y in items])).float().mean() > 0.9
+
+
+def clipood(world, step=ce_step, steps=9):
+    text = features.encode_texts(world.clip, data.class_texts(world.dataset, "photo"))
+    return strategies.CLIPood(step, world.clip, text, (), None, steps)
+
+
+def test_both_forms_of_clipoods_margin_agree(world):
+    """λ times the distance of the texts, on the wrong classes' cosines: the loss is the same."""
+    images, y = torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 1, 0])
+    loss = clipood(world)(batches.Batch(y, images=images))
+    text, z = clipood(world).head.weight, world.clip.encode_image(images)
+    cosines = z @ text.T + 0.3 * (1 - text @ text.T)[y]
+    assert torch.allclose(loss, F.cross_entropy(world.clip.logit_scale * cosines, y), atol=1e-5)
+    assert not torch.allclose(loss, F.cross_entropy(world.clip.logit_scale * z @ text.T, y), atol=1e-3)
+
+
+def test_clipoods_average_has_the_weights_of_a_beta_distribution(world):
+    alpha = strategies.beta_weights(9)
+    density = torch.distributions.Beta(0.5, 0.5).log_prob((torch.arange(10) + 0.5) / 10).exp()
+    assert torch.allclose(alpha, (density / density.sum()).double(), atol=1e-6)
+    assert alpha.sum() == pytest.approx(1) and torch.allclose(alpha, alpha.flip(0))
+    learner, proj = clipood(world), world.clip.model.visual.proj.data
+    expected = alpha[0] * proj
+    for t in range(1, 10):
+        proj.normal_()
+        learner.after_step()
+        expected = expected + alpha[t] * proj
+    learner.finish()
+    assert torch.allclose(world.clip.model.visual.proj, expected, atol=1e-5)
+
+
+def test_clipood_learns_the_source_and_without_a_step_is_zero_shot(world):
+    items = world.dataset.split("photo", "photo", "train", 0)
+    labels = torch.tensor([y for _, y in items])
+    world.run("clipood", schedule=Schedule(1, 18, 0.0))
+    assert not changed(world.original, world.clip.model.state_dict())
+    head = world.run("clipood", schedule=Schedule(30, 18, 3e-3))["head.weight"]
+    assert (features.encode_images(world.clip, items) @ head.T).argmax(1).eq(labels).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("train", ["full", "linear"])

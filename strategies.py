@@ -1,0 +1,293 @@
+"""What is trained, under the names of methods.TRAINED: modules whose state is the checkpoint, and
+whose forward is a step's loss.
+
+Synthesised features enter in one of two ways. Where the image tower stays (linear, coop, cocoop),
+they are made once and stand behind the original ones: batch.z is [z, ẑ^1 … ẑ^K]. Where it moves
+(full, lpft, clipood, towers), `synthesise` sends the current z through the frozen mappers. Either
+way a step takes [z, ẑ^1 … ẑ^K].
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
+
+import data
+from features import autocast
+from utils import fail
+
+
+class Learner(nn.Module):
+    """Trains what wants a gradient, by `step`: `ce_step` of finetune.py, or `contrastive_step`.
+
+    With a `head`, (C, d), evaluate.py classifies; where there is none, with the class prompts.
+    """
+
+    slow = True  # worth a checkpoint after each epoch
+
+    def __init__(self, step, clip, mappers=()):
+        super().__init__()
+        self.step, self.clip, self.mappers = step, clip, tuple(mappers)
+        self.scale = clip.logit_scale
+
+    def synthesise(self, z):
+        """[z, ẑ^1 … ẑ^K], each (B, d).
+
+        CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so
+        that ẑ stays a synthesis of this z; alternative: ẑ of the original z, which the tower
+        leaves.
+        """
+        return [z, *(mapper(z) for mapper in self.mappers)]
+
+    def after_step(self):
+        pass
+
+    def finish(self):
+        """What is left to do after the last step."""
+
+
+def new_head(clip, start, bias=False):
+    """A linear layer whose weight starts as `start`, (C, d)."""
+    head = nn.Linear(start.shape[1], len(start), bias=bias, device=clip.device)
+    head.weight.data.copy_(start)
+    return head
+
+
+def unlock(module, model, groups):
+    """Let `module` be trained; of the image tower only the last `groups` of layers, if given."""
+    module.requires_grad_()
+    if groups is not None:
+        model.lock_image_tower(unlocked_groups=groups)
+
+
+# -------------------------------------------------------------------------------------------------
+# On features that stay
+
+
+class Linear(Learner):
+    """A linear probe W: logits s · W z."""
+
+    slow = False
+
+    def __init__(self, step, clip, start):
+        super().__init__(step, clip)
+        self.head = new_head(clip, start)
+
+    def forward(self, batch):
+        weight = self.head.weight
+        return self.step(batch.z, batch.labels, lambda x: self.scale * x @ weight.T)
+
+
+def text_tower(clip):
+    """The text tower if it is open_clip's own; exits with status 2 at another's."""
+    text = getattr(clip.model, "text", clip.model)
+    if not hasattr(text, "token_embedding"):
+        fail(f"{clip.name}: its text tower is not open_clip's own, which prompts need.")
+    return text
+
+
+def tokens_of(clip, words):
+    """(where words begin: 1 behind a start token, if there is one, else 0; the words' tokens)."""
+    alone, behind, before = clip.tokenizer([words, f"X {words}", f"{words} X"])
+    first, last = ((alone != other).nonzero()[0].item() for other in (behind, before))
+    return first, alone[first:last]
+
+
+class CoOp(Learner):
+    """A learned prompt "V₁ … V_M dog.", of M vectors in place of words.
+
+    Source: CoOp (arXiv 2109.01134), equation 2.
+    CHOICE: M = 16, as CoOp's default, or what a short text tower leaves beside eight tokens, the
+    same vectors for all classes; alternative: vectors of each class.
+    """
+
+    def __init__(self, step, clip, classnames, vectors):
+        super().__init__(step, clip)
+        self.vectors = nn.Parameter(vectors.to(clip.device))                           # (M, width)
+        self.first, self.tokens = tokens_of(clip, "a")[0], self.prompts(classnames)
+
+    @staticmethod
+    def start(clip, phrase, generator):
+        """What the vectors start as, (M, width)."""
+        text = text_tower(clip)
+        m = min(16, max(1, text.context_length - 8))
+        return 0.02 * torch.randn(m, text.token_embedding.embedding_dim, generator=generator)
+
+    def prompts(self, classnames):
+        """(C, L) tokens, of which those of X give way to V."""
+        return self.clip.tokenizer([f"{'X ' * len(self.vectors)}{name}." for name in classnames])
+
+    def encode(self, vectors, tokens):
+        """t: (N, d), unit norm, of prompts (N, L), with vectors (M, width) or (N, M, width)."""
+        first, last = self.first, self.first + vectors.shape[-2]
+        # a causal tower does not look behind the end of a text: what is padding in all is left out
+        end = (tokens != tokens[:, -1:]).any(0).nonzero().max().item() + 2
+
+        def put(module, args, embedded):  # (N, L, width): start, V₁ … V_M, class, end
+            words = vectors.expand(len(embedded), -1, -1).to(embedded.dtype)
+            return torch.cat([embedded[:, :first], words, embedded[:, last:]], dim=1)
+
+        def crop(module, args, kwargs):
+            mask = kwargs.get("attn_mask")
+            if mask is not None and mask.ndim == 2:
+                return (args[0][:, :end],), {**kwargs, "attn_mask": mask[:end, :end]}
+
+        text = text_tower(self.clip)
+        hooks = text.token_embedding.register_forward_hook(put), \
+            text.transformer.register_forward_pre_hook(crop, with_kwargs=True)
+        try:
+            with autocast(self.clip.device):
+                t = self.clip.model.encode_text(tokens.to(self.clip.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return F.normalize(t.float(), dim=-1)
+
+    def head(self, tokens):
+        """(B, d) -> logits (B, C), among classes of these prompts."""
+        class_text = self.encode(self.vectors, tokens)                                     # (C, d)
+        return lambda x: self.scale * x @ class_text.T
+
+    def forward(self, batch):
+        return self.step(batch.z, batch.labels, self.head(self.tokens))
+
+    @torch.no_grad()
+    def classifier(self, classnames):
+        """(N, d) -> logits (N, C), both on the CPU, among classes of any names."""
+        head, rows = self.head(self.prompts(classnames)), max(1, 1000 // len(classnames))
+
+        @torch.no_grad()
+        def logits(z):
+            return torch.cat([head(x.to(self.clip.device)).cpu() for x in z.split(rows)])
+
+        return logits
+
+
+class CoCoOp(CoOp):
+    """A prompt "V₁ + π(z) … V_M + π(z) dog." of each image; π is a small network, the meta-net.
+
+    Source: CoCoOp (arXiv 2203.05557), section 3.2. A synthesised feature has a prompt of its own.
+    CHOICE: V starts as the words of the source, "a photo of a" in the paper, and π as 0, so that
+    training starts from zero-shot; alternative: π as PyTorch starts it, as in its public code.
+    """
+
+    def __init__(self, step, clip, classnames, vectors):
+        super().__init__(step, clip, classnames, vectors)
+        dim, width = self.encode(self.vectors, self.tokens[:1]).shape[1], vectors.shape[1]
+        layers = nn.Linear(dim, dim // 16), nn.ReLU(), nn.Linear(dim // 16, width)
+        self.meta_net = nn.Sequential(*layers).to(clip.device)
+        for parameter in self.meta_net[2].parameters():
+            nn.init.zeros_(parameter)
+
+    @staticmethod
+    def start(clip, phrase, generator):
+        text = text_tower(clip)
+        words = tokens_of(clip, f"{phrase} of a")[1][:max(1, text.context_length - 8)]
+        return text.token_embedding(words.to(clip.device)).detach()
+
+    def head(self, tokens):
+        def logits(x):  # B · C texts
+            vectors = self.vectors + self.meta_net(x)[:, None]                     # (B, M, width)
+            each = vectors.repeat_interleave(len(tokens), dim=0)                # (B · C, M, width)
+            class_text = self.encode(each, tokens.repeat(len(x), 1)).view(len(x), len(tokens), -1)
+            return self.scale * torch.einsum("bd,bcd->bc", x, class_text)
+
+        return logits
+
+
+PROMPTS = {"coop": CoOp, "cocoop": CoCoOp}
+
+
+# -------------------------------------------------------------------------------------------------
+# The image tower, or both
+
+
+class Full(Learner):
+    """Image tower and head, WiSE-FT's standard finetuning: logits W z + b, where W starts as s · T.
+
+    Source: WiSE-FT (arXiv 2109.01903) and its public code: the scale is inside of the parameter.
+    """
+
+    def __init__(self, step, clip, start, mappers, unlocked_groups):
+        super().__init__(step, clip, mappers)
+        self.head = new_head(clip, clip.logit_scale * start, bias=True)
+        self.head.bias.data.zero_()
+        self.towers = clip.model
+        unlock(self.towers.visual, self.towers, unlocked_groups)
+
+    def forward(self, batch):
+        z = self.clip.encode_image(batch.images)                                           # (B, d)
+        return self.step(self.synthesise(z), batch.labels, self.head)
+
+
+def beta_weights(steps, beta=0.5):
+    """α_t / Σ α of the weights θ_0 … θ_T, (T + 1,): α_t ∝ Beta(β, β) at (t + ½) / (T + 1).
+
+    Source: CLIPood (arXiv 2302.00864); with its β = ½ the first and the last weigh most.
+    """
+    at = (torch.arange(steps + 1, dtype=torch.float64) + 0.5) / (steps + 1)
+    alpha = (at * (1 - at)) ** (beta - 1)
+    return alpha / alpha.sum()
+
+
+class CLIPood(Learner):
+    """The image tower, by a margin metric softmax over class prompts that stay; what is kept is a
+    Beta moving average of its weights.
+
+    L = CE( s · (S(z, T_c) + λ (1 − S(T_y, T_c)))_c, y ), S the cosine, λ = 0.3: the less a class is
+    like y, the farther from it. 1 cancels in the softmax, so that this is s · (z − λ T_y) · T_c.
+    Source: CLIPood (arXiv 2302.00864) and its public code.
+    """
+
+    def __init__(self, step, clip, class_text, mappers, unlocked_groups, steps):
+        super().__init__(step, clip, mappers)
+        self.head = new_head(clip, class_text).requires_grad_(False)                    # T, (C, d)
+        self.towers = clip.model
+        unlock(self.towers.visual, self.towers, unlocked_groups)
+        alpha = beta_weights(steps)
+        share = (alpha / alpha.cumsum(0)).float().to(clip.device)       # of θ_t among θ_0 … θ_t
+        self.average = AveragedModel(
+            self.towers.visual, avg_fn=lambda mean, theta, t: mean.lerp(theta, share[t])
+        ).requires_grad_(False)
+        self.after_step()                                                                  # θ_0
+
+    def forward(self, batch):
+        z, class_text = self.clip.encode_image(batch.images), self.head.weight     # (B, d), (C, d)
+        margin = 0.3 * class_text[batch.labels]                                            # (B, d)
+        features = self.synthesise(z)
+        return self.step(features, batch.labels, lambda x: self.scale * (x - margin) @ class_text.T)
+
+    def after_step(self):
+        self.average.update_parameters(self.towers.visual)
+
+    def finish(self):
+        self.towers.visual.load_state_dict(self.average.module.state_dict())
+
+
+class Towers(Learner):
+    """Both towers and the logit scale, by cross-entropy: the head is what the text tower says."""
+
+    def __init__(self, step, clip, mappers, config, dataset):
+        super().__init__(step, clip, mappers)
+        self.towers, self.config = clip.model, config
+        self.class_tokens = clip.tokenizer(data.class_texts(dataset, config.source))       # (C, L)
+        unlock(self.towers, self.towers, config.unlocked_groups)
+
+    def forward(self, batch):
+        z, scale = self.clip.encode_image(batch.images), self.towers.logit_scale.exp()     # (B, d)
+        class_text = self.clip.encode_text(self.class_tokens)                              # (C, d)
+        features = self.synthesise(z)
+        return self.step(features, batch.labels, lambda x: scale * x @ class_text.T)
+
+    def after_step(self):
+        self.towers.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
+
+
+class Contrastive(Towers):
+    """Likewise, by CLIP's own loss: FLYP, ARF."""
+
+    def forward(self, batch):
+        weights = self.config.lambda_cap, self.config.lambda_ret
+        return self.step(self.clip, batch, self.mappers, *weights)
