@@ -20,8 +20,7 @@ from utils import fail, undamaged, warn, write_atomically
 
 # CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10.
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
-# what Location.open raises at a file that is no image
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # by Location.open
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -129,11 +128,10 @@ class Dataset:
     def split(self, source, domain, part, seed):
         """Items of one part ("train", "val", "test") of `domain` when `source` is finetuned on.
 
-        The source is split class by class, by a hash of (data set, seed, file name); of a target
-        there is only "test": all of it. With fewer `shots` the other parts stay as they are. Where
-        there is an official test part, that is tested, and the rest split. Where files of one name
-        show one thing, what is trained or validated on in the source is in no target's test part
-        either.
+        The source is split class by class, by a hash of (data set, seed, file name), the same with
+        fewer `shots`; of a target there is only "test": all of it. An official test part is tested,
+        and the rest split. Where files of one name show one thing, what is trained or validated on
+        in the source is in no target's test part either.
         """
         same_stem, official = self.meta.same_stem_same_thing, self.official.get(domain)
         if domain != source and part != "test":

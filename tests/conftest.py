@@ -2,9 +2,12 @@
 
 import io
 import json
+import multiprocessing
 import os
+import re
+import runpy
+import socket
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -17,6 +20,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, where th
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"cat": (220, 60, 60), "dog": (60, 200, 60), "red_house": (60, 60, 220)}
 DOMAINS = {"photo": "a photo", "sketch": "a sketch", "cartoon": "a cartoon"}
+STAGE = r'^python3 \S*?(\w+\.py)"? (.*)"\$@"'  # a line of a run script
 
 
 @pytest.fixture
@@ -138,18 +142,48 @@ def tiny_pool(tmp_path):
 
 
 @pytest.fixture
-def script(tmp_path):
-    """Run a script of the repository as its user would: script("mapper.py", …) -> the process."""
+def script(tmp_path, monkeypatch, capsys):
+    """Run a script of the repository as python3 would: script("mapper.py", …) -> what it printed.
 
-    def call(name, *arguments, cwd=tmp_path, code=0):
-        runner = "bash" if name.endswith(".sh") else sys.executable
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        done = subprocess.run(
-            [runner, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
-            cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "2", "PATH": path}, timeout=240,
-        )
-        output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        assert done.returncode == code, f"exit {done.returncode}, not {code}:\n{output}"
+    Of run_ldfs.sh and run_arf.sh the stages, in their order. All in this process, which has
+    imported torch, open_clip and transformers; test_scripts.py starts a few for real.
+    """
+
+    def call(name, *arguments, code=0):
+        stages = [(name, "")]
+        if name.endswith(".sh"):
+            stages = re.findall(STAGE, (ROOT / name).read_text(), re.M)
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        status = 0
+        try:
+            for stage, words in stages:
+                monkeypatch.setattr("sys.argv", [stage, *words.split(), *map(str, arguments)])
+                runpy.run_path(str(ROOT / stage), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+        done = subprocess.CompletedProcess(name, status, *capsys.readouterr())
+        assert stages and status == code, f"exit {status}:\n{done.stdout}\n{done.stderr}"
         return done
 
     return call
+
+
+def in_processes(n, target, *arguments):
+    """Call target(*arguments) in n processes that find each other as those of torchrun do.
+
+    They are forked from a process that has imported what takes seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["torch.distributed.nn", "open_clip", "transformers"])
+    arguments = n, port, target, arguments
+    torch.multiprocessing.start_processes(one_of, arguments, n, start_method="forkserver")
+
+
+def one_of(rank, n, port, target, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+    torch.set_num_threads(1)
+    target(*arguments)

@@ -3,7 +3,6 @@ exact search, leaks.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import square, write_shard
+from conftest import in_processes, square, write_shard
 from PIL import Image
 
 import anchors
@@ -206,19 +205,15 @@ def test_empty_and_repeated_captions_are_the_class_prompt_and_counted(
     assert counts in capsys.readouterr().out
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def as_script(*arguments):
+    sys.argv = ["anchors.py", *map(str, arguments)]
+    anchors.main()
 
 
 def test_two_processes_write_what_one_writes(
     tiny_data, tiny_pool, tiny_clip, tiny_blip2, tmp_path, monkeypatch
 ):
-    """Both stages under torchrun: the same captions.jsonl, the same retrieved pairs."""
+    """The same captions.jsonl, the same retrieved pairs; and torchrun finds all as it is."""
     path = tiny_data / "tiny" / "captions.jsonl"
     path.unlink()
     common = ["tiny", "photo", "--data", tiny_data]
@@ -231,11 +226,15 @@ def test_two_processes_write_what_one_writes(
     one = path.read_text()
     path.unlink()
     anchors.utils.LOCKS.clear()  # as if this process had ended
-    torchrun(ROOT / "anchors.py", *write)
-    torchrun(ROOT / "anchors.py", *find, tmp_path / "two" / "run")
+    in_processes(2, as_script, *write)
+    in_processes(2, as_script, *find, tmp_path / "two" / "run")
     assert path.read_text() == one
     pairs = Path("run", "retrieved.jsonl")
     assert (tmp_path / "one" / pairs).read_text() == (tmp_path / "two" / pairs).read_text()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--", ROOT / "anchors.py", *write]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("30 captions") == 1, done.stderr
 
 
 def test_a_captioner_that_is_not_there_is_one_line(tiny_data, monkeypatch, capsys):

@@ -113,8 +113,9 @@ def test_prompts_carry_each_images_own_caption(tiny_data):
     dataset = data.load("tiny", tiny_data)
     texts = ["a sketch of a cat", "a sketch of a dog", "a sketch of a red house"]
     assert data.class_texts(dataset, "sketch") == texts
-    items = [(data.Location(str(tiny_data / "tiny"), "photo/dog/3.png"), 1)]
-    assert data.captions(dataset, items) == ["a dog number 3"]
+    items = dataset.images["photo"][13:2:-10]  # in whatever order
+    assert data.captions(dataset, items) == ["a dog number 3", "a cat number 3"]
+    items = items[:1]
     assert data.caption_texts(dataset, "sketch", items) == ["a sketch of a dog number 3"]
     line = '{"path": "photo/dog/3.png", "caption": "a photo of two dogs"}\n'
     (tiny_data / "tiny" / "captions.jsonl").write_text(line)
@@ -314,6 +315,9 @@ def test_features_are_unit_norm_in_order_and_of_each_text_its_own(tiny_data, tin
     assert torch.allclose(z[[4]], features.encode_images(clip, items[4:5]), atol=1e-5)
     t = features.encode_texts(clip, ["a dog", "a cat", "a dog"])
     assert torch.equal(t[0], t[2]) and not torch.allclose(t[0], t[1])
+    image = items[0][0].open()
+    for transform, same in ((clip.preprocess, True), (clip.augment, False)):
+        assert torch.equal(transform(image), transform(image)) == same
 
 
 @pytest.mark.parametrize("caption, content", [
@@ -359,6 +363,8 @@ def test_the_cache_is_keyed_by_weights_preprocessing_and_images(tiny_data, tiny_
     cats = tiny_data / "tiny" / "photo" / "cat"
     shutil.copy(cats / "1.png", cats / "2.png")
     assert files() == 5
+    os.utime(cats / "1.png", (0, 0))  # another image of the same size
+    assert files() == 6
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):

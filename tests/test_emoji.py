@@ -235,20 +235,26 @@ def test_the_benchmark_is_as_large_as_the_readme_says():
             assert len(dataset.split("3d", domain, "test", seed)) >= 300
 
 
+@pytest.fixture(scope="module")
+def pairs():
+    """What the pool holds; to read its drawings takes seconds."""
+    return draw.read_pool(ROOT / "data")
+
+
 @POOL
-def test_what_the_model_saw_is_in_the_pool():
+def test_what_the_model_saw_is_in_the_pool(pairs):
     seen = json.loads((ROOT / "emoji/clip/pretrained_on.json").read_text())
     pool = {name: [] for name in draw.SOURCES}
-    for word, _ in draw.read_pool(ROOT / "data"):
+    for word, _ in pairs:
         pool[word["set"]].append(word["key"])
     assert {name: sorted(keys) for name, keys in pool.items()} == seen
 
 
 @POOL
 @DRAWN
-def test_no_pool_image_is_a_benchmark_image():
+def test_no_pool_image_is_a_benchmark_image(pairs):
     folders = [ROOT / "data" / name for name in ("emoji", "emoji_unseen")]
     files = [p for folder in folders for p in folder.glob("*/*/*.png")]
     benchmark = {Image.open(p).convert("RGB").tobytes() for p in files}
-    pool = {image.tobytes() for _, image in draw.read_pool(ROOT / "data")}
+    pool = {image.tobytes() for _, image in pairs}
     assert not benchmark & pool

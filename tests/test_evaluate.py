@@ -3,6 +3,7 @@ hand.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,30 @@ def test_consistency_of_known_neighbours():
     assert got == {"domain consistency": 50, "class consistency": 50, "unique neighbours": 50}
     got = quality.consistency(z_hat[:3], torch.tensor([0, 1, 1]), target, source)
     assert got["domain consistency"] == pytest.approx(100 * 2 / 3)  # the third is nearest to a photo
+
+
+def test_figure_4_measures_each_domain_by_its_own_images(tiny_data, tmp_path, monkeypatch):
+    """Features that name domain and class; a mapper that goes all the way to sketches, not to
+    cartoons.
+    """
+    argv = ["tiny", "--data", str(tiny_data), "--run", str(tmp_path), "--methods", "ldfs", "--seeds", "1"]
+    settings, dataset = config.parse("", argv)
+    domains, found = list(dataset.images), []
+
+    def cached(one, domain, items):
+        return torch.eye(9)[[3 * domains.index(domain) + label for _, label in items]]
+
+    def load_mapper(run, name, domain, seed, fingerprint):
+        return lambda z: z.roll(3 * (domain == "sketch"), 1)
+
+    monkeypatch.setattr(quality, "load_mapper", load_mapper)
+    monkeypatch.setattr(quality.figures, "draw_figure4", lambda path, rows: None)
+    monkeypatch.setattr(quality.results, "append", lambda config, rows: found.extend(rows))
+    quality.figure4(settings, dataset, SimpleNamespace(fingerprint=""), cached)
+    got = {(r["method"], r["domain"], r["measure"]): r["value"] for r in found}
+    assert got["ldfs", "sketch", "domain consistency"] == got["ldfs", "sketch", "class consistency"] == 100
+    assert got["ldfs", "cartoon", "domain consistency"] == 0
+    assert got["not mapped", "sketch", "domain consistency"] == 0
 
 
 def test_a_head_of_fewer_classes_is_a_masked_head():
@@ -217,6 +242,33 @@ def test_prompts_are_measured_on_classes_that_they_never_saw(run, tiny_data, tmp
     means = {(r["method"], r.get("alpha", 1)): r["values"].get("unseen mean") for r in rows if "split" not in r}
     assert means.keys() == {("zero-shot", 1), ("finetune", 1), ("finetune", 0.5), ("coop", 1), ("cocoop", 1)}
     assert {name for (name, _), mean in means.items() if mean} == {"zero-shot", "coop", "cocoop"}
+
+
+def test_unseen_classes_are_named_by_their_own_names_and_the_tuned_text_tower(
+    run, tiny_data, tiny_clip, tmp_path, monkeypatch
+):
+    import shutil
+
+    import features
+    import finetune
+
+    shutil.copytree(tiny_data / "tiny", tiny_data / "others")
+    for domain in ("photo", "sketch", "cartoon"):
+        (tiny_data / "others" / domain / "cat").rename(tiny_data / "others" / domain / "tiger")
+    about = tiny_data / "tiny/dataset.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"unseen": "others"}))
+    seen = []  # the head of zero-shot CLIP, then of the finetuned one
+    look = lambda one, features_of, head_of: seen.append(head_of("sketch")[0]) or []  # noqa: E731
+    monkeypatch.setattr(evaluate, "unseen_accuracies", look)
+    for main in (finetune.main, evaluate.main):
+        run(main, "--methods", "flyp", "--lr", "0.01")
+    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    for model, head in zip((tiny_clip, str(checkpoint)), seen, strict=True):
+        argv = ["tiny", "--data", str(tiny_data), "--model", model, "--run", str(tmp_path / "run")]
+        clip = features.load_clip(config.parse("", argv)[0])
+        texts = [f"a photo of a {name}" for name in ("dog", "red house", "tiger")]
+        assert torch.allclose(head, features.encode_texts(clip, texts), atol=1e-6)
+    assert not torch.allclose(*seen, atol=0.01)
 
 
 def test_only_evaluate_reads_target_images(run, tiny_data):

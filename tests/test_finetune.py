@@ -5,13 +5,12 @@ learns.
 import copy
 import json
 import math
-import os
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import square, write_shard
+from conftest import in_processes, square, write_shard
 
 import batches
 import config
@@ -22,6 +21,7 @@ import finetune
 import strategies
 import training
 from config import SCHEDULES, Schedule
+from distributed import leave, ranks
 from finetune import ce_step, contrastive_step
 from mapper import Mapper
 from methods import Method, parse_method
@@ -206,6 +206,13 @@ def test_ce_step_is_the_sum_over_original_and_synthesised():
     assert torch.allclose(ce_step(z_all, y, lambda x: 9 * x @ w.T), sum(parts))
 
 
+def test_a_seed_takes_its_own_mappers_of_all_targets(world, monkeypatch):
+    frozen, asked = mapper_of(monkeypatch), []
+    monkeypatch.setattr(finetune, "load_mapper", lambda *args: asked.append(args[1:4]) or frozen)
+    world.run("ldfs", seed=1)
+    assert asked == [("ldfs", "sketch", 1), ("ldfs", "cartoon", 1)]
+
+
 def test_the_encoder_learns_through_the_frozen_mapper():
     z = F.normalize(torch.randn(4, 8), dim=-1).requires_grad_()
     m = Mapper(8).requires_grad_(False)
@@ -378,12 +385,12 @@ def test_each_image_goes_with_its_own_caption_and_the_prompt_of_its_class(anchor
     items = dataset.split("photo", "photo", "train", 0)
     captions, method = [f"number {i}" for i in range(18)], parse_method("flyp+captions")
     cfg = config.Config(**{**vars(anchored.cfg), "schedules": {"towers": Schedule(1, 5, 1e-3)}})
-    clip.augment = clip.preprocess
+    clip.augment = lambda image: -clip.preprocess(image)  # to be told from what is not augmented
     of = batches.batches_of(clip, dataset, cfg, method, 0, items, None, captions, ())
     prompts, seen = clip.tokenizer(data.class_texts(dataset, "photo")), 0
     pixels = torch.stack([clip.preprocess(location.open()) for location, _ in items])
     for batch in of(epoch=3):
-        rows = [(pixels == image).flatten(1).all(1).nonzero().item() for image in batch.images]
+        rows = [(pixels == -image).flatten(1).all(1).nonzero().item() for image in batch.images]
         assert torch.equal(batch.captions, clip.tokenizer([captions[row] for row in rows]))
         assert batch.labels.tolist() == [items[row][1] for row in rows]
         assert torch.equal(batch.prompts, prompts[batch.labels])
@@ -423,23 +430,17 @@ def test_passes_are_whole_and_without_end():
     assert stream[:5] != stream[5:10] or stream[5:10] != stream[10:15]
 
 
-def train_in_process(rank, world, tiny_data, tiny_clip, run, method, pairs):
-    """What one of `world` processes does: a short run without augmentation, which each draws by
+def train_in_process(tiny_data, tiny_clip, run, method, pairs):
+    """What one of several processes does: a short run without augmentation, which each draws by
     itself.
     """
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    torch.set_num_threads(1)
     schedules = {"towers": Schedule(2, 6, 1e-3)}
     cfg, dataset = settings(tiny_data, tiny_clip, run, schedules=schedules)
     clip = features.load_clip(cfg)
     clip.augment = clip.preprocess
     finetune.load_retrieved = lambda *args: pairs
     finetune.finetune(clip, dataset, cfg, "c", parse_method(method), 0)
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("method", ["towers", "arf"])
@@ -448,9 +449,8 @@ def test_two_processes_train_as_one_on_the_same_global_batch(anchored, tiny_data
     templates = {"templates": {"photo": ["a photo of {}", "look, a {}!"]}}
     about.write_text(json.dumps(json.loads(about.read_text()) | templates))
     pairs = finetune.load_retrieved()
-    train_in_process(0, 1, tiny_data, tiny_clip, tmp_path / "one", method, pairs)
-    arguments = (2, tiny_data, tiny_clip, tmp_path / "two", method, pairs)
-    torch.multiprocessing.spawn(train_in_process, arguments, nprocs=2)
+    train_in_process(tiny_data, tiny_clip, tmp_path / "one", method, pairs)
+    in_processes(2, train_in_process, tiny_data, tiny_clip, tmp_path / "two", method, pairs)
     one, two = (
         torch.load(next((tmp_path / n).glob("checkpoints/*.pt")))["modules"] for n in ("one", "two")
     )
@@ -460,6 +460,18 @@ def test_two_processes_train_as_one_on_the_same_global_batch(anchored, tiny_data
         if name.endswith("in_proj_bias"):  # a key's bias has no gradient but rounding, Adam makes it steps
             far[len(far) // 3:2 * len(far) // 3] = 0
         assert far.mean() < 1e-4 * moved.mean() + 1e-9, name
+
+
+def average_in_process():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([1.0, 3.0]) * ranks()[0]
+    training.average_gradients([p])
+    assert p.grad.tolist() == [0.5, 1.5]  # AdamW would not notice a sum
+    leave()
+
+
+def test_gradients_are_averaged_over_processes():
+    in_processes(2, average_in_process)
 
 
 # --- prompts, CLIPood, checkpoints -------------------------------------------------------------------

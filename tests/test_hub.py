@@ -1,20 +1,19 @@
 """What comes from the Hugging Face hub, against a stand-in: data sets, models, pool; or why not."""
 
 import hashlib
+import importlib
 import io
 import json
-import os
-import pickle
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import square, write_shard
 from hub import Hub
+from huggingface_hub import constants
 from PIL import Image
 from pyarrow.parquet import ParquetFile
 
@@ -28,14 +27,17 @@ CLASSES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The stand-in, which scripts see as the hub; an empty cache; only default names on it."""
+def hub(tmp_path):
+    """The stand-in, which is seen as the hub; an empty cache; only default names on it."""
     server = Hub(tmp_path / "hub")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    yield server
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv("HF_HOME", str(tmp_path / "cache"))
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        importlib.reload(constants)  # which else are those of when it was imported
+        yield server
+    importlib.reload(constants)
     server.shutdown()
 
 
@@ -65,7 +67,9 @@ def serve_pacs(hub, each):
     parquet(path, rows, domain="string", label=CLASSES)
 
 
-def test_both_scripts_from_an_empty_disk(hub, script, tiny_clip, tiny_blip2, tmp_path):
+def test_both_scripts_from_an_empty_disk(
+    hub, script, tiny_clip, tiny_blip2, tmp_path, monkeypatch
+):
     """Data, models and pool come from the hub by their own names, once; then all works offline."""
     serve_pacs(hub, each=10)
     shutil.copytree(tiny_clip.removeprefix("local-dir:"), hub.folder / "models/stand-in/clip")
@@ -92,8 +96,7 @@ def test_both_scripts_from_an_empty_disk(hub, script, tiny_clip, tiny_blip2, tmp
     assert "flwrlabs/pacs/data/train-00000-of-00001.parquet" in hub.served
     assert "stand-in/clip/open_clip_model.safetensors" in hub.served
 
-    hub.shutdown()
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     shutil.rmtree(tmp_path / "run")
     script("finetune.py", "pacs", "photo", *options, "--methods", "finetune")
 
@@ -113,7 +116,7 @@ def serve_domainnet(hub, **features):
 
 def test_domainnet_keeps_its_official_split(hub, tmp_path):
     serve_domainnet(hub, domain=DOMAINS, label=["a", "b/c"])
-    dataset = load("domainnet", tmp_path)
+    dataset = data.load("domainnet", tmp_path)
     assert {len(items) for items in dataset.images.values()} == {10}
     assert dataset.classes == ["a", "b_c"]
     for seed in (0, 1):
@@ -122,7 +125,7 @@ def test_domainnet_keeps_its_official_split(hub, tmp_path):
         assert all("_test_" in location.path for location, _ in test) and len(test) == 4
         assert sorted(train + val) == dataset.trainable("real") and len(train + val) == 6
     assert len(dataset.split("real", "sketch", "test", 0)) == 4
-    again = load("domainnet", tmp_path)
+    again = data.load("domainnet", tmp_path)
     assert again.images == dataset.images and again.official == dataset.official
 
 
@@ -152,18 +155,6 @@ def test_columns_are_looked_at_before_all_is_fetched(hub, script, tmp_path):
     assert not [*(tmp_path / "data").rglob("*.parquet")]
 
 
-def load(name, root):
-    """data.load in a process of its own: huggingface_hub reads its address when it is imported."""
-    code = "import data, pickle, sys; dataset = data.load(*sys.argv[1:]); "
-    code += "pickle.dump(dataset, open('dataset.pickle', 'wb'))"
-    env = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)}
-    command = [sys.executable, "-c", code, name, root]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with open(root / "dataset.pickle", "rb") as file:
-        return pickle.load(file)
-
-
 def test_a_killed_download_is_no_data_set(hub, script, tmp_path):
     """What a kill left is neither taken for the data set nor in the way of it."""
     serve_pacs(hub, each=1)
@@ -187,14 +178,11 @@ def test_what_the_hub_lacks_is_said_in_one_line(hub, script, tmp_path):
     assert f"{tmp_path}/data/office_home by hand" in done.stderr
 
 
-def test_a_disk_without_room_is_said_before_all_is_fetched(hub, monkeypatch, tmp_path):
+def test_a_disk_without_room_is_said_before_all_is_fetched(hub, script, monkeypatch, tmp_path):
     serve_pacs(hub, each=1)
-    code = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 9)"
-    (tmp_path / "sitecustomize.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = [sys.executable, data.__file__, "pacs", "--data", str(tmp_path / "data")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
+    done = script("data.py", "pacs", "--data", tmp_path / "data", code=2)
+    assert len(done.stderr.strip().splitlines()) == 1
     assert "flwrlabs/pacs takes 0.0 GB" in done.stderr and "0.0 are free" in done.stderr
     assert not [*(tmp_path / "data").rglob("*.parquet")]
 

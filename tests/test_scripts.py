@@ -1,9 +1,14 @@
 """The scripts as their users run them, at tiny size, and what they say to bad input."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from report import results
 
@@ -95,6 +100,15 @@ def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, argumen
     assert len(lines) == 1 and says in lines[0], done.stderr
 
 
-def test_help(script):
-    for name in ("run_ldfs.sh", "mapper.py"):
-        assert script(name, "--help").stdout.count("--ablate ") == 1
+@pytest.mark.parametrize("name, arguments, code", [
+    ("run_ldfs.sh", ["emojy", "3d"], 2), ("run_arf.sh", ["tiny", "--help"], 0),
+])
+def test_as_their_users_start_them(name, arguments, code, tmp_path):
+    """In a shell: the first stage that fails is the last, and --help is of all flags, once."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(ROOT / name), *arguments], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.returncode == code and len(done.stderr.splitlines()) == (code > 0), done.stderr
+    assert "unknown data set 'emojy'" in done.stderr if code else done.stdout.count("--ablate ") == 1
