@@ -126,6 +126,7 @@ def flags(doc):
         "with full, lpft), or at random (linear)")
     add("--unlocked-groups", type=number(int, -1), metavar="N",
         help="train only the image tower's last N groups of layers (default: all)")
+    add("--lock-text", action="store_true", help="flyp, arf: only the image tower is trained")
     add("--epochs", type=count, help="passes over the training images (default: SCHEDULES)")
     add("--batch-size", type=count, help="images a step (default: SCHEDULES)")
     add("--lr", type=amount, help="peak learning rate (default: SCHEDULES)")

@@ -274,6 +274,9 @@ class Towers(Learner):
         self.towers, self.config = clip.model, config
         self.class_tokens = clip.tokenizer(data.class_texts(dataset, config.source))       # (C, L)
         unlock(self.towers, self.towers, config.unlocked_groups)
+        for name, parameter in self.towers.named_parameters():
+            if config.lock_text and not name.startswith("visual."):
+                parameter.requires_grad_(False)
 
     def forward(self, batch):
         z, scale = self.clip.encode_image(batch.images), self.towers.logit_scale.exp()     # (B, d)

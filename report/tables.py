@@ -41,7 +41,8 @@ def title_of(rows):
         schedules, trained = settings.pop("schedules"), {row["trained"] for row in rows}
         for name, value in settings.items():
             if name not in ("dataset", "source", "model") and value not in (None, default(name)):
-                words[-1] += f" --{name.replace('_', '-')} {value}"
+                flag = f" --{name.replace('_', '-')}"
+                words[-1] += flag if value is True else f"{flag} {value}"
         words += dict.fromkeys(
             f"{TRAINED[kind]} ({s['epochs']} epochs of batch {s['batch_size']}, lr {s['lr']:g})"
             for kind, s in schedules.items() if TRAINED[kind] in trained

@@ -105,6 +105,8 @@ def test_of_a_tower_that_is_locked_the_last_groups_move(world):
     assert moved == {"visual.proj"}
     world.run("flyp", unlocked_groups=0)
     assert changed(world.original, world.clip.model.state_dict()) == TEXT_TOWER
+    world.run("flyp", lock_text=True)
+    assert changed(world.original, world.clip.model.state_dict()) == {"visual"}
 
 
 @pytest.mark.parametrize("train", SCHEDULES)
