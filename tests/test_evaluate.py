@@ -225,10 +225,14 @@ def test_heads_and_unseen_classes_are_in_the_sources_words(tiny_data, tiny_clip,
     assert evaluate.heads(clip, dataset, "photo", trained)("sketch") is trained
 
 
-def test_prompts_are_measured_on_classes_that_they_never_saw(run, tiny_data, tmp_path):
+def test_prompts_are_measured_on_classes_that_they_never_saw(run, tiny_data, tmp_path, monkeypatch):
     import shutil
 
     import finetune
+    from strategies import CoOp
+
+    said, true_call = [], CoOp.classifier
+    monkeypatch.setattr(CoOp, "classifier", lambda self, names: said.append(names) or true_call(self, names))
 
     shutil.copytree(tiny_data / "tiny", tiny_data / "others")
     for domain in ("photo", "sketch", "cartoon"):
@@ -242,6 +246,7 @@ def test_prompts_are_measured_on_classes_that_they_never_saw(run, tiny_data, tmp
     means = {(r["method"], r.get("alpha", 1)): r["values"].get("unseen mean") for r in rows if "split" not in r}
     assert means.keys() == {("zero-shot", 1), ("finetune", 1), ("finetune", 0.5), ("coop", 1), ("cocoop", 1)}
     assert {name for (name, _), mean in means.items() if mean} == {"zero-shot", "coop", "cocoop"}
+    assert said == 2 * [["cat", "dog", "red house"], ["dog", "red house", "tiger"]]
 
 
 def test_unseen_classes_are_named_by_their_own_names_and_the_tuned_text_tower(
