@@ -177,7 +177,8 @@ def in_processes(n, target, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["torch.distributed.nn", "open_clip", "transformers"])
+    slow = ["torch.distributed.nn", "torch._dynamo", "open_clip", "transformers"]
+    multiprocessing.set_forkserver_preload(slow)
     arguments = n, port, target, arguments
     torch.multiprocessing.start_processes(one_of, arguments, n, start_method="forkserver")
 

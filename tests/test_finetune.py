@@ -5,6 +5,7 @@ learns.
 import copy
 import json
 import math
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -381,23 +382,25 @@ def test_other_pixels_under_the_same_place_and_text_are_trained_on_anew(anchored
     assert config_hash() != first
 
 
-def test_each_image_goes_with_its_own_caption_and_the_prompt_of_its_class(anchored, monkeypatch):
-    """Whatever the order: the rows of a batch belong together."""
-    clip, dataset = anchored.clip, anchored.dataset
+def test_each_image_goes_with_its_own_caption_and_a_prompt_of_its_class(anchored):
+    """Whatever the order: the rows of a batch belong together, and each template is drawn."""
+    clip, dataset, templates = anchored.clip, anchored.dataset, ["a photo of a {}.", "look, {}!"]
+    dataset = replace(dataset, meta=replace(dataset.meta, templates={"photo": templates}))
     items = dataset.split("photo", "photo", "train", 0)
     captions, method = [f"number {i}" for i in range(18)], parse_method("flyp+captions")
     cfg = config.Config(**{**vars(anchored.cfg), "schedules": {"towers": Schedule(1, 5, 1e-3)}})
     clip.augment = lambda image: -clip.preprocess(image)  # to be told from what is not augmented
     of = batches.batches_of(clip, dataset, cfg, method, 0, items, None, captions, ())
-    prompts, seen = clip.tokenizer(data.class_texts(dataset, "photo")), 0
+    prompts, seen, drawn = [clip.tokenizer([t.format(c) for c in dataset.classnames]) for t in templates], 0, []
     pixels = torch.stack([clip.preprocess(location.open()) for location, _ in items])
     for batch in of(epoch=3):
         rows = [(pixels == -image).flatten(1).all(1).nonzero().item() for image in batch.images]
         assert torch.equal(batch.captions, clip.tokenizer([captions[row] for row in rows]))
         assert batch.labels.tolist() == [items[row][1] for row in rows]
-        assert torch.equal(batch.prompts, prompts[batch.labels])
+        for prompt, y in zip(batch.prompts, batch.labels):
+            drawn.append([torch.equal(prompt, p[y]) for p in prompts].index(True))
         seen += len(rows)
-    assert seen == 18 and rows != sorted(rows)
+    assert seen == 18 and rows != sorted(rows) and {*drawn} == {0, 1}
 
 
 def test_the_logit_scale_stays_below_a_hundred(world):

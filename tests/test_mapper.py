@@ -98,6 +98,7 @@ def test_the_two_texts_get_noise_of_their_own(monkeypatch):
     train_mapper(z, labels, text_source, text_source, class_text, Recipe(sigma=0.1), steps=2)
     cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(drawn[::2], drawn[1::2])]
     assert len(cosines) == 2 and all(abs(cosine) < 0.3 for cosine in cosines)
+    assert all(noise.norm(dim=-1).mean() > 0.1 for noise in drawn)
 
 
 def test_ladss_loss_is_the_published_formula():
