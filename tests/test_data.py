@@ -317,7 +317,7 @@ def test_features_are_unit_norm_in_order_and_of_each_text_its_own(tiny_data, tin
     assert torch.equal(t[0], t[2]) and not torch.allclose(t[0], t[1])
     image = items[0][0].open()
     for transform, same in ((clip.preprocess, True), (clip.augment, False)):
-        assert torch.equal(transform(image), transform(image)) == same
+        assert (len({transform(image).numpy().tobytes() for _ in range(20)}) == 1) == same
 
 
 @pytest.mark.parametrize("caption, content", [
