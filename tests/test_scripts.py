@@ -44,11 +44,11 @@ def test_run_arf_end_to_end(script, tiny_data, tiny_clip, tiny_blip2, tiny_pool,
     (tiny_data / "tiny" / "dataset.json").write_text(json.dumps(about | {"unseen": "others"}))
     options = ["--data", tiny_data, "--model", tiny_clip, "--captioner", tiny_blip2, "--pool", tiny_pool]
     options += ["--run", tmp_path / "run", "--seeds", 2, "--epochs", 2, "--mapper-steps", 3]
-    options += ["--same", 0.99999]
+    methods = ["finetune", "flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs"]
+    options += ["--same", 0.99999, "--methods", *methods]
     done = script("run_arf.sh", "tiny", "photo", *options)
     table = (tmp_path / "run" / "table.md").read_text()
-    methods = ["zero-shot", "finetune", "flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs"]
-    for method in [*methods, "arf α=0.5"]:
+    for method in ["zero-shot", *methods, "arf α=0.5"]:
         assert f"| {method} |" in table and f"| {method} |" in done.stdout
     assert "unseen mean" in table and "α=0.25" not in table
     for picture in ("curve.png", "figure5.png"):
@@ -101,14 +101,16 @@ def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, argumen
 
 
 @pytest.mark.parametrize("name, arguments, code", [
-    ("run_ldfs.sh", ["emojy", "3d"], 2), ("run_arf.sh", ["tiny", "--help"], 0),
+    ("run_ldfs.sh", ["tiny", "foto", "--data", "data"], 2), ("run_arf.sh", ["tiny", "--help"], 0),
 ])
-def test_as_their_users_start_them(name, arguments, code, tmp_path):
-    """In a shell: the first stage that fails is the last, and --help is of all flags, once."""
+def test_as_their_users_start_them(name, arguments, code, tiny_data, tmp_path):
+    """In a shell, not at the root: relative paths are from there, the first stage that fails is
+    the last, and --help is of all flags, once.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(ROOT / name), *arguments], capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "PATH": path},
     )
     assert done.returncode == code and len(done.stderr.splitlines()) == (code > 0), done.stderr
-    assert "unknown data set 'emojy'" in done.stderr if code else done.stdout.count("--ablate ") == 1
+    assert "no domain 'foto'" in done.stderr if code else done.stdout.count("--ablate ") == 1
