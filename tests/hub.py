@@ -57,8 +57,8 @@ class Handler(BaseHTTPRequestHandler):
                 place = f"http://localhost:{self.server.server_port}/other-host{path}"
                 place = re.sub("/resolve/[^/]+/", "/", place)
                 return self.answer(b"", body, {**headers, **linked, "Location": place}, 302)
-            if asked and self.find(asked, whole=False):
-                return self.answer(b"{}", body, {"X-Error-Code": "EntryNotFound"}, 404)
+        if asked and self.find(asked, whole=False):  # the repository alone is there
+            return self.answer(b"{}", body, {"X-Error-Code": "EntryNotFound"}, 404)
         headers = {"X-Error-Code": "RepoNotFound"}
         self.answer(b'{"error": "Invalid username or password."}', body, headers, 401)
 
