@@ -1,5 +1,6 @@
 """A world small enough for a test: a CLIP of random weights, coloured squares in three domains."""
 
+import functools
 import io
 import json
 import multiprocessing
@@ -61,7 +62,9 @@ def tiny_clip(tmp_path_factory):
     preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     both = {"model_cfg": config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(both))
-    return f"local-dir:{folder}"
+    with pytest.MonkeyPatch.context() as patch:  # to make one takes longer than most tests
+        patch.setattr(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer))
+        yield f"local-dir:{folder}"
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +181,7 @@ def in_processes(n, target, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     slow = ["torch.distributed.nn", "torch._dynamo", "open_clip", "transformers"]
-    multiprocessing.set_forkserver_preload(slow)
+    multiprocessing.set_forkserver_preload([*slow, "pandas", "matplotlib.figure"])
     arguments = n, port, target, arguments
     torch.multiprocessing.start_processes(one_of, arguments, n, start_method="forkserver")
 

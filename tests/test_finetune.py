@@ -435,6 +435,14 @@ def test_passes_are_whole_and_without_end():
     assert stream[:5] != stream[5:10] or stream[5:10] != stream[10:15]
 
 
+def test_passes_over_the_pairs_go_on_from_epoch_to_epoch(anchored):
+    dataset, pairs = anchored.dataset, finetune.load_retrieved()
+    items, method = dataset.split("photo", "photo", "train", 0), parse_method("flyp+retrieved")
+    of = batches.batches_of(anchored.clip, dataset, anchored.cfg, method, 0, items, None, (), pairs)
+    texts = [tuple(text) for epoch in (0, 1) for batch in of(epoch) for text in batch.retrieved[1].tolist()]
+    assert len(texts) == 48 and all(len({*texts[i:i + 7]}) == 7 for i in range(0, 42, 7))
+
+
 def train_in_process(tiny_data, tiny_clip, run, method, pairs):
     """What one of several processes does: a short run without augmentation, which each draws by
     itself.
