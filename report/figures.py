@@ -1,6 +1,8 @@
-"""The papers' figures, from what they are given; and accuracies against a setting, lr or shots:
+"""The papers' figures, from what they are given; accuracies against a setting, lr or shots; and
+strategies as arrows, from without synthesised features to with:
 
     python -m report.figures lr assets/rates.png runs/emoji-3d …    # of runs that differ in it
+    python -m report.figures strategies assets/arrows.png runs/emoji-3d
 """
 
 import math
@@ -12,7 +14,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from report.results import read
-from report.tables import label
+from report.tables import label, without
 from utils import fail, warn, write_atomically
 
 # colours that the colour-blind tell apart (Okabe and Ito)
@@ -142,8 +144,44 @@ def draw_against(setting, rows, path):
     save(figure, path)
 
 
+def draw_strategies(rows, path):
+    """Strategies in the plane of ID and OOD mean, and arrows to where synthesised features bring
+    them.
+    """
+    points = means_of(rows).droplevel("lr").xs(1, level="alpha")
+    figure = Figure(figsize=(7, 5.5))
+    axis = figure.subplots()
+    start = points.loc["zero-shot"]
+    axis.plot(start["ID"], start["OOD mean"], "k*", markersize=14, label="zero-shot")
+    colours, lines = {}, {}
+    for method in points.index:
+        strategy = without(method)
+        if strategy not in points.index:
+            continue
+        color = colours.setdefault(strategy, COLOURS[len(colours) % len(COLOURS)])
+        recipe = method.removeprefix(f"{strategy}+")
+        style = lines.setdefault(recipe, ["-", "--", ":"][len(lines) % 3])
+        ends = [(points.loc[m, "ID"], points.loc[m, "OOD mean"]) for m in (strategy, method)]
+        axis.plot(*ends[0], "o", color=color)
+        arrow = {"arrowstyle": "->", "color": color, "linestyle": style, "linewidth": 1.6}
+        axis.annotate("", ends[1], ends[0], arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0})
+        axis.plot(*ends[1], ".", color=color, markersize=3)
+    for strategy, color in colours.items():
+        axis.plot([], [], "o", color=color, label=strategy)
+    for recipe, style in lines.items():
+        axis.plot([], [], color="grey", linestyle=style, label=f"with {recipe}'s features")
+    axis.set(xlabel="ID, accuracy in per cent", ylabel="OOD mean, accuracy in per cent")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
 if __name__ == "__main__":
-    setting, *places = sys.argv[1:] or [""]
-    if setting not in NAMES or len(places) < 2:
-        fail("say against what, where to, of which runs: python -m report.figures lr a.png runs/…")
-    draw_against(setting, [row for run in places[1:] for row in read(run)], Path(places[0]))
+    what, *places = sys.argv[1:] or [""]
+    if what not in [*NAMES, "strategies"] or len(places) < 2:
+        fail("say what, where to, of which runs: python -m report.figures lr a.png runs/…")
+    rows, path = [row for run in places[1:] for row in read(run)], Path(places[0])
+    if what == "strategies":
+        draw_strategies(rows, path)
+    else:
+        draw_against(what, rows, path)

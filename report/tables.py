@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 
 from config import flags
-from methods import TRAINED
+from methods import RECIPES, TRAINED
 from report.results import read
 from utils import fail
 
@@ -56,20 +56,30 @@ def label(row):
     return " ".join([row["method"], *(f"{name}={v:g}" for name, v in weights.items() if v != 1)])
 
 
+def without(method):
+    """"coop" of "coop+ldfs": a method without the recipe of its features; "" of any other."""
+    strategy, _, last = method.rpartition("+")
+    return strategy if last.partition(":")[0] in RECIPES else ""
+
+
 def compare(rows):
     """A line for each method, mean ± standard deviation over the seeds.
 
     "less finetune" is the OOD mean less that of plain finetuning, seed by seed: the split is the
     same, so this is the comparison to look at, and its deviation is the comparison's noise. Where
-    there is FLYP, ID, OOD mean and unseen mean are compared with it, at the same α.
+    there is FLYP, ID, OOD mean and unseen mean are compared with it, at the same α; where several
+    strategies are there with synthesised features and without, each with itself without.
     """
     source, names = rows[0]["settings"]["source"], {row["method"] for row in rows}
     domains = [*dict.fromkeys(row["domain"] for row in rows)]
     means = [d for d in ("OOD mean", "unseen mean") if d in domains]
-    compared = {}  # heading: (domain, method)
-    if "flyp" in names:
-        short = {source: "ID", "OOD mean": "OOD", "unseen mean": "unseen"}
-        compared = {f"{short[d]} less flyp": (d, "flyp") for d in short if d in domains}
+    compared = {}  # heading: (domain, method; None: the same without its recipe)
+    short = {source: "ID", "OOD mean": "OOD", "unseen mean": "unseen"}
+    short = {domain: name for domain, name in short.items() if domain in domains}
+    if sum(without(name) in names for name in names) > 1:
+        compared = {f"{name}, with less without": (d, None) for d, name in short.items()}
+    elif "flyp" in names:
+        compared = {f"{name} less flyp": (d, "flyp") for d, name in short.items()}
     elif rows[0]["measure"] == "accuracy" and "OOD mean" in means:
         compared = {f"less {m}": ("OOD mean", m) for m in ("finetune", "lads") if m in names}
     # of unseen classes in the styles of this very set their mean is enough
@@ -84,6 +94,7 @@ def compare(rows):
         seeds, cells = frame.loc[name], [name, row["trained"]][:1 + several]
         cells += [mean_and_deviation(seeds[d].dropna()) or "not run" for d in shown]
         for domain, method in compared.values():
+            method = method or without(row["method"])
             rival, less = label({**row, "method": method, "lambda_cap": 1, "lambda_ret": 1}), []
             if rival != name and rival in frame.index:
                 less = (seeds[domain] - frame.loc[rival][domain]).dropna()

@@ -123,6 +123,17 @@ def test_seeds_are_compared_with_the_same_seed(tmp_path):
     assert cells(results.read(tmp_path), "less finetune") == {"ldfs": "9.0 ± 0.0", "finetune": "-"}
 
 
+def test_strategies_are_compared_with_themselves_without_synthesised_features(tmp_path):
+    ood = {"coop": [1, 2], "coop+lads": [5, 8], "arf": [1, 1], "arf+ldfs:sigma=0": [2, 3]}
+    for method, values in {**ood, "flyp": [0, 0], "flyp+captions": [9, 9]}.items():
+        results.append(config(tmp_path), scored(method, {"OOD mean": values}))
+    rows, heading = results.read(tmp_path), "OOD, with less without"
+    less = {"coop+lads": "5.0 ± 1.4", "arf+ldfs:sigma=0": "1.5 ± 0.7"}
+    assert {m: v for m, v in cells(rows, heading).items() if v != "-"} == less
+    few = [row for row in rows if row["method"] not in ("coop", "coop+lads")]
+    assert cells(few, "OOD less flyp")["flyp+captions"] == "9.0 ± 0.0"  # one strategy: as ever
+
+
 def test_table_compares_with_flyp_at_the_same_alpha(tmp_path):
     values = [
         ("flyp", 1, 50, 10), ("arf", 1, 53, 14), ("flyp", 0.5, 60, 20), ("arf", 0.5, 61, 22),
@@ -248,6 +259,22 @@ def test_accuracy_against_the_learning_rate(tmp_path, monkeypatch):
     assert lines["flyp"] == lines["flyp α=0.5"] == lines["arf"] == [[0, 51], [1, 51]]
     assert [tick.get_text() for tick in of_ood.get_xticklabels()] == ["0.0001", "0.001"]
     assert of_id.get_ylabel().startswith("ID") and "arf α=0.5" not in lines
+
+
+def test_arrows_go_from_a_strategy_without_to_the_same_with_synthesised_features(
+    tmp_path, monkeypatch
+):
+    at = {"zero-shot": (1, 2), "coop": (3, 4), "coop+lads": (5, 6), "coop+ldfs": (7, 8)}
+    for method, (of_id, ood) in {**at, "full+ldfs": (0, 0), "flyp": (0, 0)}.items():
+        domains = {"photo": [of_id - 1, of_id + 1], "OOD mean": [ood, ood]}
+        results.append(config(tmp_path), scored(method, domains))
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure.axes[0]))
+    figures.draw_strategies(results.read(tmp_path), tmp_path / "arrows.png")
+    arrows = [(text.xyann, text.xy) for text in drawn[0].texts]
+    assert arrows == [((3, 4), (5, 6)), ((3, 4), (7, 8))]
+    names = [text.get_text() for text in drawn[0].get_legend().get_texts()]
+    assert names == ["zero-shot", "coop", "with lads's features", "with ldfs's features"]
 
 
 def test_pictures_are_written(tmp_path):
