@@ -4,8 +4,9 @@ what lies there.
     python -m emoji.pretrain_captioner
 
 It is a FastVLM: of the image-text-to-text models in transformers, one that sees through a
-convolutional tower. Here that is the mini CLIP's, frozen, which knows these pictures; a ViT, as
-BLIP-2 wants it, would have to learn to see from 15,000 drawings.
+convolutional tower. Here that starts as the mini CLIP's, which knows these pictures, and is trained
+along but for its first stages; a ViT, as BLIP-2 wants it, would have to learn to see from 15,000
+drawings.
 """
 
 from pathlib import Path
@@ -24,16 +25,19 @@ CAPTIONER = ROOT / "emoji/captioner"
 
 
 def describe(word, class_of):
-    """What to say of a drawing: what it is, and what kind of thing: "a doughnut, a dessert"."""
+    """What to say of a drawing: what kind of thing it is, and which: "a dessert, a doughnut".
+
+    The kind first: more drawings tell of it, and what is said first is what a beam commits to.
+    """
     label, kinds = draw.plain(word["label"]), draw.KINDS.get(word["subgroup"], [])[:1]
     kinds = [class_of[word["key"]]] if word["key"] in class_of else kinds
-    return ", ".join(map(article, [label, *kinds]))
+    return ", ".join(map(article, [*kinds, label]))
 
 
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of all data sets")
-    parser.add_argument("--epochs", type=number(int, 0), default=12, help="passes over the pool")
+    parser.add_argument("--epochs", type=number(int, 0), default=20, help="passes over the pool")
     args = parser.parse_args()
     torch.manual_seed(0)
     # The other artists' emoji alone: what the benchmark's five drew for the pool is of other things
@@ -60,10 +64,16 @@ def main():
         row = {"input_ids": ids, "attention_mask": mask, "labels": targets}
         return captioner(pixel_values=x, **{k: v[batch, :n] for k, v in row.items()}).loss
 
-    tower.requires_grad_(False)
-    groups = [{"params": [p for p in captioner.parameters() if p.requires_grad], "lr": 2e-3}]
-    key, folder = [texts, short_hash([*tower.state_dict().values()])], args.data / ".pretrain"
-    fit("captioner", captioner, groups, len(texts), args.epochs, loss_of, folder, key, [tower])
+    trunk = tower.timm_model
+    frozen = [trunk.conv_stem, trunk.bn1, *trunk.blocks[:2]]
+    seeing = {*tower.parameters()}
+    groups = [
+        {"params": [p for p in captioner.parameters() if p not in seeing], "lr": 2e-3},
+        {"params": [*seeing], "lr": 1e-3},
+    ]
+    key = [args.epochs, texts, short_hash([*tower.state_dict().values()])]
+    folder = args.data / ".pretrain"
+    fit("captioner", captioner, groups, len(texts), args.epochs, loss_of, folder, key, frozen)
     captioner.half().save_pretrained(CAPTIONER)
 
 

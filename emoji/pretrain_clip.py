@@ -63,9 +63,10 @@ def fit(name, model, groups, n, epochs, loss_of, folder, key, frozen=()):
     loss_of(indices, generator) -> loss. A killed run goes on after its last finished epoch; `key`
     is what tells it from others.
     """
-    generator, done = torch.Generator().manual_seed(0), folder / f"{name}-{short_hash(key)}.pt"
+    generator, rates = torch.Generator().manual_seed(0), [g["lr"] for g in groups]
+    done = folder / f"{name}-{short_hash(key, rates)}.pt"
     held, pool = torch.randperm(n, generator=generator).split([n // 50, n - n // 50])
-    optimizer, rates = torch.optim.AdamW(groups, weight_decay=0.1), [g["lr"] for g in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
     steps = epochs * (len(pool) // BATCH)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
     parts, first = {"model": model, "optimizer": optimizer, "cycle": cycle}, 0
