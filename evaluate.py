@@ -24,9 +24,9 @@ from config import parse
 from features import cached_features, encode_images, load_clip, stamps, towers_of, zero_shot_head
 from finetune import checkpoint_path
 from methods import CACHED, TRAINED
+from prompts import PROMPTS
 from quality import figure4, figure5
 from report import figures, results, tables
-from strategies import PROMPTS
 from utils import fail, only_one_process, short_hash, undamaged, warn, write_atomically
 
 # -------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_mapper
 from methods import CACHED
-from strategies import PROMPTS, CLIPood, Contrastive, Full, Linear, Towers
+from prompts import PROMPTS
+from strategies import CLIPood, Contrastive, Full, Linear, Towers
 from training import fit, gathered
 from utils import fail, short_hash
 

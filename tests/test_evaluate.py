@@ -229,7 +229,7 @@ def test_prompts_are_measured_on_classes_that_they_never_saw(run, tiny_data, tmp
     import shutil
 
     import finetune
-    from strategies import CoOp
+    from prompts import CoOp
 
     said, true_call = [], CoOp.classifier
     monkeypatch.setattr(CoOp, "classifier", lambda self, names: said.append(names) or true_call(self, names))

@@ -26,6 +26,7 @@ from distributed import leave, ranks
 from finetune import ce_step, contrastive_step
 from mapper import Mapper
 from methods import Method, parse_method
+from prompts import PROMPTS, CoOp
 
 SHORT = {k: Schedule(3, 8, 1e-2 if k == "linear" else 1e-3) for k in SCHEDULES}
 TEXT_TOWER = {"transformer", "token_embedding", "positional_embedding", "text_projection", "ln_final"}
@@ -509,7 +510,7 @@ def test_an_exported_model_is_what_open_clip_loads(world, tmp_path, capsys):
 
 def prompt(world, train="cocoop", step=ce_step):
     """An untrained CoOp or CoCoOp."""
-    kind, phrase = strategies.PROMPTS[train], world.dataset.meta.phrases["photo"]
+    kind, phrase = PROMPTS[train], world.dataset.meta.phrases["photo"]
     vectors = kind.start(world.clip, phrase, torch.Generator().manual_seed(0))
     return kind(step, world.clip, world.dataset.classnames, vectors)
 
@@ -550,7 +551,7 @@ def test_cocoop_starts_as_the_sources_words(world):
     logits = prompt(world).classifier(names)(z)
     text = features.encode_texts(world.clip, [f"a photo of a {name}." for name in names])
     assert torch.allclose(logits, world.clip.logit_scale * z @ text.T, atol=1e-4)
-    coop = strategies.CoOp(ce_step, world.clip, names, prompt(world).vectors.data)
+    coop = CoOp(ce_step, world.clip, names, prompt(world).vectors.data)
     assert torch.allclose(logits, coop.classifier(names)(z), atol=1e-4)
 
 
@@ -561,7 +562,7 @@ def test_cocoop_gives_each_image_its_own_prompt(world):
     names = ["tiger", "red house"]
     got = learner.classifier(names)(z)
     for image, logits in zip(z, got):
-        coop = strategies.CoOp(ce_step, world.clip, names, learner.vectors.data + learner.meta_net(image))
+        coop = CoOp(ce_step, world.clip, names, learner.vectors.data + learner.meta_net(image))
         assert torch.allclose(logits, coop.classifier(names)(image[None])[0], atol=1e-4)
     assert (got[0] - got[1]).abs().max() > 1e-3
 
