@@ -12,6 +12,7 @@ images of classes that were kept apart, in a domain: zero-shot ability; unseen m
 domains. Accuracy is top-1, over images, in per cent.
 """
 
+import contextlib
 import functools
 import statistics
 
@@ -185,7 +186,7 @@ def measure_checkpoints(config, dataset, clip, cached):
             whole = state["optimizer"] is None and state["fingerprint"] == clip.fingerprint
         if not whole:
             fail(f"{path} is unfinished, or of another model. Finish it: python finetune.py.")
-        towers = method.train not in CACHED
+        features_of = cached if method.train in CACHED else encode
         original = {"head.weight": text, **{f"towers.{k}": v for k, v in clip_0.items()}}
         if "head.bias" in tuned:  # WiSE-FT's head, with the scale inside
             original["head.weight"] = clip.model.logit_scale.exp().cpu() * text
@@ -198,14 +199,16 @@ def measure_checkpoints(config, dataset, clip, cached):
             if key in measured:
                 continue
             mix = tuned if alpha == 1 else interpolate(original, tuned, alpha)
-            if towers:
-                clip.model.load_state_dict(towers_of(mix))
+            if towers := towers_of(mix):
+                clip.model.load_state_dict(towers)
             trained = (mix["head.weight"], mix.get("head.bias")) if "head.weight" in mix else None
+            prompted = contextlib.nullcontext()
             if method.train in PROMPTS:
                 prompt = PROMPTS[method.train](None, clip, dataset.classnames, tuned["vectors"])
                 prompt.load_state_dict(tuned)
-                trained = prompt.classifier
-            rows = measure(encode if towers else cached, trained, method.train != "linear", seed)
+                trained, prompted = prompt.classifier, prompt.prompted()
+            with prompted:
+                rows = measure(features_of, trained, method.train != "linear", seed)
             if alpha not in (0.5, 1):  # points of a curve
                 means = (config.source, "OOD mean", "unseen mean")
                 rows = [row for row in rows if row["domain"] in means and "val" != row.get("split")]

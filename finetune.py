@@ -113,9 +113,9 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         learner = Linear(ce_step, clip, start)
     elif method.train in PROMPTS:
         kind = PROMPTS[method.train]
-        torch.manual_seed(seed)  # of the meta-net's start
+        torch.manual_seed(seed)  # of the meta-net's start, the couplings'
         vectors = kind.start(clip, dataset.meta.phrases[config.source], generator)
-        learner = kind(ce_step, clip, classnames, vectors)
+        learner = kind(ce_step, clip, classnames, vectors, mappers)
     elif method.train in ("full", "lpft"):
         learner = Full(ce_step, clip, start, mappers, config.unlocked_groups)
     elif method.train == "clipood":

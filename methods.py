@@ -6,7 +6,7 @@
     lpft                  the image tower finetuned from a trained linear probe
     flyp                  CLIP's contrastive loss on class prompts instead; trains both towers
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
-    coop, cocoop          a prompt, and one that each image shifts
+    coop, cocoop, maple   a prompt; one that each image shifts; prompts in all layers of both towers
     clipood               the image tower, by a margin softmax, its weights averaged
     coop+ldfs, clipood+lads, arf+ldfs             … and on LDFS's or LADS's features
 """
@@ -57,6 +57,7 @@ TRAINED = {
     "linear": "head",             # on features of the frozen image tower
     "coop": "prompt",             # likewise
     "cocoop": "prompt, meta-net",  # likewise
+    "maple": "prompts of both towers",  # which stay as they are
     "full": "image tower, head",  # WiSE-FT's standard finetuning
     "lpft": "image tower, head",  # likewise, from a trained probe
     "clipood": "image tower",     # the head is what the text tower made of the class prompts

@@ -1,8 +1,11 @@
-"""Prompt learners: learned vectors in place of words; CLIP itself stays as it is.
+"""Prompt learners: learned vectors in place of words; CLIP's own weights stay as they are.
 
 Their forward is a step's loss, as that of all Learners of strategies.py. evaluate.py takes their
-`classifier`, which names classes that were never seen, too.
+`classifier`, which names classes that were never seen, too, and encodes images while they are
+`prompted`. Prompts go in by PyTorch's hooks, which are gone afterwards.
 """
+
+import contextlib
 
 import torch
 import torch.nn as nn
@@ -28,6 +31,14 @@ def tokens_of(clip, words):
     return first, alone[first:last]
 
 
+def put(x, words, first):
+    """x, (N, L, width), with words, (M, width) or (N, M, width), in place of M tokens from `first`
+    on; at first = L they are appended.
+    """
+    words = words.expand(len(x), -1, -1).to(x.dtype)
+    return torch.cat([x[:, :first], words, x[:, first + words.shape[1]:]], dim=1)
+
+
 class CoOp(Learner):
     """A learned prompt "V₁ … V_M dog.", of M vectors in place of words.
 
@@ -36,8 +47,8 @@ class CoOp(Learner):
     same vectors for all classes; alternative: vectors of each class.
     """
 
-    def __init__(self, step, clip, classnames, vectors):
-        super().__init__(step, clip)
+    def __init__(self, step, clip, classnames, vectors, mappers=()):
+        super().__init__(step, clip, mappers)
         self.vectors = nn.Parameter(vectors.to(clip.device))                           # (M, width)
         self.first, self.tokens = tokens_of(clip, "a")[0], self.prompts(classnames)
 
@@ -50,17 +61,16 @@ class CoOp(Learner):
 
     def prompts(self, classnames):
         """(C, L) tokens, of which those of X give way to V."""
-        return self.clip.tokenizer([f"{'X ' * len(self.vectors)}{name}." for name in classnames])
+        places = "X " * self.vectors.shape[-2]
+        return self.clip.tokenizer([f"{places}{name}." for name in classnames])
 
     def encode(self, vectors, tokens):
         """t: (N, d), unit norm, of prompts (N, L), with vectors (M, width) or (N, M, width)."""
-        first, last = self.first, self.first + vectors.shape[-2]
         # a causal tower does not look behind the end of a text: what is padding in all is left out
         end = (tokens != tokens[:, -1:]).any(0).nonzero().max().item() + 2
 
-        def put(module, args, embedded):  # (N, L, width): start, V₁ … V_M, class, end
-            words = vectors.expand(len(embedded), -1, -1).to(embedded.dtype)
-            return torch.cat([embedded[:, :first], words, embedded[:, last:]], dim=1)
+        def words(module, args, embedded):  # (N, L, width): start, V₁ … V_M, class, end
+            return put(embedded, vectors, self.first)
 
         def crop(module, args, kwargs):
             mask = kwargs.get("attn_mask")
@@ -68,15 +78,17 @@ class CoOp(Learner):
                 return (args[0][:, :end],), {**kwargs, "attn_mask": mask[:end, :end]}
 
         text = text_tower(self.clip)
-        hooks = text.token_embedding.register_forward_hook(put), \
-            text.transformer.register_forward_pre_hook(crop, with_kwargs=True)
-        try:
-            with autocast(self.clip.device):
-                t = self.clip.model.encode_text(tokens.to(self.clip.device))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            text.token_embedding.register_forward_hook(words),
+            text.transformer.register_forward_pre_hook(crop, with_kwargs=True),
+            autocast(self.clip.device),
+        ):
+            t = self.clip.model.encode_text(tokens.to(self.clip.device))
         return F.normalize(t.float(), dim=-1)
+
+    def prompted(self):
+        """A context within which clip.encode_image has the image tower's prompts: here, none."""
+        return contextlib.nullcontext()
 
     def head(self, tokens):
         """(B, d) -> logits (B, C), among classes of these prompts."""
@@ -106,8 +118,8 @@ class CoCoOp(CoOp):
     training starts from zero-shot; alternative: π as PyTorch starts it, as in its public code.
     """
 
-    def __init__(self, step, clip, classnames, vectors):
-        super().__init__(step, clip, classnames, vectors)
+    def __init__(self, step, clip, classnames, vectors, mappers=()):
+        super().__init__(step, clip, classnames, vectors, mappers)
         dim, width = self.encode(self.vectors, self.tokens[:1]).shape[1], vectors.shape[1]
         layers = nn.Linear(dim, dim // 16), nn.ReLU(), nn.Linear(dim // 16, width)
         self.meta_net = nn.Sequential(*layers).to(clip.device)
@@ -130,4 +142,73 @@ class CoCoOp(CoOp):
         return logits
 
 
-PROMPTS = {"coop": CoOp, "cocoop": CoCoOp}
+@contextlib.contextmanager
+def deep(modules, vectors, first):
+    """Within it each of `modules` takes its x with its own of `vectors`, (M, width), at `first`."""
+    with contextlib.ExitStack() as hooks:
+        for module, words in zip(modules, vectors):
+            hooks.enter_context(module.register_forward_pre_hook(
+                lambda module, args, words=words: put(*args, words, first)
+            ))
+        yield
+
+
+def image_transformer(clip):
+    """The image tower if it is a transformer of open_clip's own that answers by its class token
+    (what pools all tokens would pool prompts); exits with status 2 at another.
+    """
+    from open_clip.transformer import VisionTransformer  # here, for it takes seconds
+
+    visual = clip.model.visual
+    own = isinstance(visual, VisionTransformer)
+    if not own or visual.pool_type != "tok" or visual.attn_pool is not None:
+        fail(
+            f"maple: the image tower of {clip.name} is no transformer of open_clip's own that "
+            "answers by its class token. Name a ViT in --model, or take coop."
+        )
+    return visual
+
+
+class MaPLe(CoOp):
+    """Prompts in both towers, V_l in place of words before block l of the text tower, l < D, and
+    F_l(V_l) behind the patches before block l of the image tower. F_l, the couplings, are linear.
+
+    What a block makes of its prompts is dropped, the next one has its own; from block D − 1 on they
+    pass as other tokens do. As images change, too, ẑ^k is synthesised from what they are now.
+    Source: MaPLe (arXiv 2210.03117), section 3.2, and its public code: M = 2, D = 9, V_0 starts as
+    the first M words of "a photo of a", F_0(V_0) goes through the image tower's first norm.
+    CHOICE: V_0 starts as the words of the source, as CoCoOp here; D is what the shallower tower
+    has, where that is less; alternative: "a photo" whatever the source.
+    """
+
+    def __init__(self, step, clip, classnames, vectors, mappers=()):
+        super().__init__(step, clip, classnames, vectors, mappers)        # vectors: (D, M, width)
+        widths = vectors.shape[-1], image_transformer(clip).transformer.width
+        couplings = (nn.Linear(*widths) for _ in vectors)
+        self.couplings = nn.ModuleList(couplings).to(clip.device)                 # F_0 … F_(D − 1)
+
+    @staticmethod
+    def start(clip, phrase, generator):
+        words = CoCoOp.start(clip, phrase, generator)[:2]                              # (M, width)
+        towers = text_tower(clip), image_transformer(clip)
+        depth = min(9, *(len(tower.transformer.resblocks) for tower in towers))
+        deeper = 0.02 * torch.randn(depth - 1, *words.shape, generator=generator)
+        return torch.cat([words[None], deeper.to(clip.device)])
+
+    def encode(self, vectors, tokens):
+        with deep(text_tower(self.clip).transformer.resblocks[1:], vectors[1:], self.first):
+            return super().encode(vectors[0], tokens)
+
+    def prompted(self):
+        visual = self.clip.model.visual
+        modules = [visual.ln_pre, *visual.transformer.resblocks[1:]]
+        vectors = [couple(words) for couple, words in zip(self.couplings, self.vectors)]
+        return deep(modules, vectors, len(visual.positional_embedding))  # class token and patches
+
+    def forward(self, batch):
+        with self.prompted():
+            z = self.clip.encode_image(batch.images)                                       # (B, d)
+        return self.step(self.synthesise(z), batch.labels, self.head(self.tokens))
+
+
+PROMPTS = {"coop": CoOp, "cocoop": CoCoOp, "maple": MaPLe}

@@ -3,8 +3,8 @@ whose forward is a step's loss.
 
 Synthesised features enter in one of two ways. Where the image tower stays (linear, coop, cocoop),
 they are made once and stand behind the original ones: batch.z is [z, ẑ^1 … ẑ^K]. Where it moves
-(full, lpft, clipood, towers), `synthesise` sends the current z through the frozen mappers. Either
-way a step takes [z, ẑ^1 … ẑ^K].
+(full, lpft, clipood, maple, towers), `synthesise` sends the current z through the frozen mappers.
+Either way a step takes [z, ẑ^1 … ẑ^K]. coop, cocoop and maple are in prompts.py.
 """
 
 import math

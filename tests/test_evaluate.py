@@ -239,14 +239,42 @@ def test_prompts_are_measured_on_classes_that_they_never_saw(run, tiny_data, tmp
         (tiny_data / "others" / domain / "cat").rename(tiny_data / "others" / domain / "tiger")
     about = tiny_data / "tiny" / "dataset.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"unseen": "others"}))
-    methods = ["--methods", "finetune", "coop", "cocoop", "--alphas", "0.5"]
+    methods = ["--methods", "finetune", "coop", "cocoop", "maple", "--alphas", "0.5"]
     run(finetune.main, *methods)
     run(evaluate.main, *methods)
     rows = [json.loads(line) for line in rows_of(tmp_path).splitlines()]
     means = {(r["method"], r.get("alpha", 1)): r["values"].get("unseen mean") for r in rows if "split" not in r}
-    assert means.keys() == {("zero-shot", 1), ("finetune", 1), ("finetune", 0.5), ("coop", 1), ("cocoop", 1)}
-    assert {name for (name, _), mean in means.items() if mean} == {"zero-shot", "coop", "cocoop"}
-    assert said == 2 * [["cat", "dog", "red house"], ["dog", "red house", "tiger"]]
+    prompts = {"coop", "cocoop", "maple"}  # no α between words and vectors
+    assert means.keys() == {*((name, 1) for name in ("zero-shot", "finetune", *prompts)), ("finetune", 0.5)}
+    assert {name for (name, _), mean in means.items() if mean} == {"zero-shot", *prompts}
+    assert said == 3 * [["cat", "dog", "red house"], ["dog", "red house", "tiger"]]
+
+
+def test_images_are_encoded_with_maples_prompts_and_only_its(run, tiny_data, tiny_clip, tmp_path, monkeypatch):
+    import features
+    import finetune
+    from prompts import MaPLe
+
+    seen, true_call = [], evaluate.accuracies
+
+    def look(dataset, source, seed, features_of, head_of):
+        seen.append(features_of(dataset, "sketch", dataset.images["sketch"]))
+        return true_call(dataset, source, seed, features_of, head_of)
+
+    monkeypatch.setattr(evaluate, "accuracies", look)
+    for main in (finetune.main, evaluate.main):
+        run(main, "--methods", "maple", "coop")
+    zero_shot, maple, coop = seen
+    argv = ["tiny", "--data", str(tiny_data), "--model", tiny_clip, "--run", str(tmp_path / "run")]
+    cfg, dataset = config.parse("", argv)
+    [checkpoint] = (tmp_path / "run" / "checkpoints").glob("maple-*")
+    state, clip = torch.load(checkpoint)["modules"], features.load_clip(cfg)
+    learner = MaPLe(None, clip, dataset.classnames, state["vectors"])
+    learner.load_state_dict(state)
+    with learner.prompted():
+        expected = features.encode_images(clip, dataset.images["sketch"])
+    assert torch.allclose(maple, expected, atol=1e-6) and not torch.allclose(maple, zero_shot, atol=1e-2)
+    assert torch.equal(coop, zero_shot)
 
 
 def test_unseen_classes_are_named_by_their_own_names_and_the_tuned_text_tower(

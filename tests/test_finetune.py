@@ -26,7 +26,7 @@ from distributed import leave, ranks
 from finetune import ce_step, contrastive_step
 from mapper import Mapper
 from methods import Method, parse_method
-from prompts import PROMPTS, CoOp
+from prompts import PROMPTS, CoOp, MaPLe
 
 SHORT = {k: Schedule(3, 8, 1e-2 if k == "linear" else 1e-3) for k in SCHEDULES}
 TEXT_TOWER = {"transformer", "token_embedding", "positional_embedding", "text_projection", "ln_final"}
@@ -83,6 +83,7 @@ def changed(before, after):
 
 @pytest.mark.parametrize("train, trained, moves", [
     ("linear", {"head"}, set()), ("coop", {"vectors"}, set()), ("cocoop", {"vectors", "meta_net"}, set()),
+    ("maple", {"vectors", "couplings"}, set()),
     ("full", {"head", "towers"}, {"visual"}), ("lpft", {"head", "towers"}, {"visual"}),
     ("clipood", {"towers"}, {"visual"}), ("towers", {"towers"}, {"visual"} | TEXT_TOWER),
 ])
@@ -289,6 +290,7 @@ def test_settings_are_frozen_and_their_id_is_what_a_result_hangs_on(tiny_data, t
     ("arf", Method("towers", True, True, True)), ("arf+ldfs", Method("towers", True, True, True, "ldfs")),
     ("coop+lads", Method("coop", recipe="lads")), ("lpft", Method("lpft")),
     ("cocoop+ldfs", Method("cocoop", recipe="ldfs")), ("clipood", Method("clipood")),
+    ("maple+ldfs", Method("maple", recipe="ldfs")),
 ])
 def test_methods_are_named_by_what_they_are_made_of(text, method):
     assert parse_method(text, "full") == method
@@ -567,14 +569,84 @@ def test_cocoop_gives_each_image_its_own_prompt(world):
     assert (got[0] - got[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("train", ["coop", "cocoop"])
+@pytest.mark.parametrize("train", PROMPTS)
 def test_a_prompt_learns_the_classes(world, train):
-    """On features of three colours, the trained prompt classifies."""
-    world.run(train, schedule=Schedule(40, 8, 3e-2 if train == "coop" else 1e-2, weight_decay=0))
+    """On images of three colours, the trained prompt classifies."""
+    world.run(train, schedule=Schedule(40, 8, 1e-2 if train == "cocoop" else 3e-2, weight_decay=0))
     items = world.dataset.split("photo", "photo", "train", 0)
-    z = features.encode_images(world.clip, items)
+    with world.learner.prompted():
+        z = features.encode_images(world.clip, items)
     logits = world.learner.classifier(world.dataset.classnames)(z)
     assert logits.argmax(1).eq(torch.tensor([y for _, y in items])).float().mean() > 0.9
+
+
+def three_layers(world, **vision):
+    """A Clip whose towers have three layers; `vision`: what else its image tower is."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 48, "layers": 3, "head_width": 16, **vision}
+    text = {"context_length": 12, "width": 32, "heads": 2, "layers": 3}
+    torch.manual_seed(0)
+    return replace(world.clip, model=open_clip.CLIP(32, vision, text).eval().requires_grad_(False))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_maples_towers_take_its_prompts_layer_by_layer(world, depth):
+    """Against both towers gone through by hand; afterwards they are the original ones."""
+    clip, images, vectors = three_layers(world), torch.randn(5, 3, 16, 16), torch.randn(depth, 2, 32)
+    model, before = clip.model, clip.encode_image(images)
+    learner, m = MaPLe(ce_step, clip, world.dataset.classnames, vectors, [Mapper(32)]), 2
+    x = model.token_embedding(learner.tokens)
+    x[:, 1:1 + m] = learner.vectors[0]  # behind the start token
+    x = x + model.positional_embedding
+    for layer, block in enumerate(model.transformer.resblocks):
+        if 0 < layer < depth:
+            x = torch.cat([x[:, :1], learner.vectors[layer].expand(3, m, 32), x[:, 1 + m:]], 1)
+        x = block(x, attn_mask=model.attn_mask)
+    t = model.ln_final(x)[range(3), learner.tokens.argmax(1)] @ model.text_projection
+    t = F.normalize(t, dim=-1)
+    assert torch.allclose(learner.encode(learner.vectors, learner.tokens), t, atol=1e-6)
+
+    visual, own = model.visual, [f(v).expand(5, m, 48) for f, v in zip(learner.couplings, learner.vectors)]
+    patches = visual.conv1(images).flatten(2).mT
+    x = torch.cat([visual.class_embedding.expand(5, 1, 48), patches], 1) + visual.positional_embedding
+    x = visual.ln_pre(torch.cat([x, own[0]], 1))
+    for layer, block in enumerate(visual.transformer.resblocks):
+        x = block(torch.cat([x[:, :5], own[layer]], 1) if 0 < layer < depth else x)
+    z = F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
+    with learner.prompted():
+        assert torch.allclose(clip.encode_image(images), z, atol=1e-6)
+    assert not torch.allclose(before, z, atol=1e-2)
+
+    y = torch.tensor([0, 1, 2, 0, 1])  # ẑ is made of what z is with prompts
+    loss = learner(batches.Batch(y, images=images))
+    expected = ce_step([z, learner.mappers[0](z)], y, lambda x: clip.logit_scale * x @ t.T)
+    assert torch.allclose(loss, expected, atol=1e-4)
+    loss.backward()
+    for name, parameter in learner.named_parameters():
+        assert parameter.grad.flatten(1).ne(0).any(1).all() if parameter.ndim > 1 else parameter.grad.any(), name
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(clip.encode_image(images), before)
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+
+
+def test_maple_starts_as_the_sources_first_words(world):
+    clip, generator = three_layers(world), torch.Generator().manual_seed(0)
+    vectors = MaPLe.start(clip, "a photo", generator)
+    words = clip.tokenizer(["a photo"])[0, 1:3]
+    assert vectors.shape == (3, 2, 32)  # as deep as the towers
+    assert torch.equal(vectors[0], clip.model.token_embedding.weight[words])
+    assert vectors[1:].std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("vision", [
+    {"layers": [1, 1, 1, 1], "head_width": 64, "width": 8}, {"pool_type": "avg"},
+    {"attentional_pool": True, "attn_pooler_heads": 2},
+])
+def test_maple_is_refused_where_prompts_cannot_stand(world, vision, capsys):
+    """… in a network of convolutions, or a transformer that would pool them."""
+    with pytest.raises(SystemExit) as stop:
+        MaPLe.start(three_layers(world, **vision), "a photo", torch.Generator())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "Name a ViT" in said and len(said.strip().splitlines()) == 1
 
 
 def clipood(world, step=ce_step, steps=9):
