@@ -138,8 +138,23 @@ def interpolate(original, tuned, alpha):
     return {k: mixed(k, v) for k, v in tuned.items() if k in original}
 
 
+def original_features(clip, run):
+    """features_of(dataset, domain, items) -> (N, d), of `clip` as it is; each domain read once."""
+    caches = {}
+
+    def features_of(dataset, domain, items):
+        if (dataset.name, domain) not in caches:
+            caches[dataset.name, domain] = cached_features(clip, dataset, domain, run)
+        return caches[dataset.name, domain](items)
+
+    return features_of
+
+
 def measure_checkpoints(config, dataset, clip, cached):
-    """Append accuracies of zero-shot CLIP and of every checkpoint, at every α."""
+    """Append accuracies of zero-shot CLIP and of every checkpoint, at every α.
+
+    cached: of `original_features`.
+    """
     unseen = data.load_unseen(dataset)
     if unseen and config.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
         fail(f"{unseen.name}, the unseen classes of {dataset.name}, has no domain {config.source}.")
@@ -222,13 +237,7 @@ def main():
     config, dataset = parse(__doc__)
     only_one_process("evaluate.py", "takes one process: run it without torchrun")
     clip = load_clip(config)
-    caches = {}
-
-    def cached(one, domain, items):  # features of the original CLIP
-        if (one.name, domain) not in caches:
-            caches[one.name, domain] = cached_features(clip, one, domain, config.run)
-        return caches[one.name, domain](items)
-
+    cached = original_features(clip, config.run)
     measure_checkpoints(config, dataset, clip, cached)
     figure4(config, dataset, clip, cached)
     figure5(config, dataset, clip, cached)
