@@ -1,4 +1,4 @@
-"""The papers' figures, from what they are given; accuracies against a setting, lr or shots; and
+"""The papers' figures, from what they are given; accuracies against a setting, one of NAMES; and
 strategies as arrows, from without synthesised features to with:
 
     python -m report.figures lr assets/rates.png runs/emoji-3d …    # of runs that differ in it
@@ -20,7 +20,7 @@ from utils import fail, warn, write_atomically
 # colours that the colour-blind tell apart (Okabe and Ito)
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#000000"]
 MEANS = ["ID", "OOD mean", "unseen mean"]
-NAMES = {"lr": "learning rate", "shots": "training images of each class"}
+NAMES = {"lr": "learning rate", "epochs": "epochs", "shots": "training images of each class"}
 
 
 def save(figure, path, **layout):
@@ -78,7 +78,7 @@ def means_of(rows, setting="lr"):
     for row in rows:
         if (row["measure"], row["split"]) == ("accuracy", "test"):
             domain, settings = row["domain"], row["settings"]
-            settings = {**settings, "lr": settings["schedules"]["towers"]["lr"]}
+            settings = {**settings, **settings["schedules"]["towers"]}  # lr, epochs
             mean = "ID" if domain == settings["source"] else domain
             at = settings.get(setting) or math.inf  # no limit
             points.append((label({**row, "alpha": 1}), row["alpha"], at, mean, row["value"]))
@@ -120,7 +120,7 @@ def draw_curve(rows, path):
 
 
 def draw_against(setting, rows, path):
-    """ID, OOD mean and unseen mean of each method against "lr" (of the towers) or "shots".
+    """ID, OOD mean and unseen mean of each method against one of NAMES (of the towers).
 
     rows: of several runs, which differ in it. Dashed: α = 0.5. Grey: zero-shot.
     """

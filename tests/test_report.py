@@ -246,18 +246,20 @@ def test_no_curve_without_weights_in_between_or_another_domain(tmp_path, capsys)
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_accuracy_against_the_learning_rate(tmp_path, monkeypatch):
-    for lr in (1e-3, 1e-4):
-        schedules = {**SETTINGS["schedules"], "towers": {"epochs": 1, "batch_size": 8, "lr": lr}}
-        between_the_weights(tmp_path / f"{lr}", schedules=schedules)
+@pytest.mark.parametrize("setting, values", [("lr", (1e-3, 1e-4)), ("epochs", (10, 2))])
+def test_accuracy_against_a_setting_of_the_towers(tmp_path, monkeypatch, setting, values):
+    for value in values:
+        towers = {"epochs": 1, "batch_size": 8, "lr": 1, setting: value}
+        schedules = {**SETTINGS["schedules"], "towers": towers}
+        between_the_weights(tmp_path / f"{value}", schedules=schedules)
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    rows = [row for lr in (1e-3, 1e-4) for row in results.read(tmp_path / f"{lr}")]
-    figures.draw_against("lr", rows, tmp_path / "rates.png")
+    rows = [row for value in values for row in results.read(tmp_path / f"{value}")]
+    figures.draw_against(setting, rows, tmp_path / "rates.png")
     of_id, of_ood = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in of_ood.lines}
     assert lines["flyp"] == lines["flyp α=0.5"] == lines["arf"] == [[0, 51], [1, 51]]
-    assert [tick.get_text() for tick in of_ood.get_xticklabels()] == ["0.0001", "0.001"]
+    assert [tick.get_text() for tick in of_ood.get_xticklabels()] == [f"{v:g}" for v in sorted(values)]
     assert of_id.get_ylabel().startswith("ID") and "arf α=0.5" not in lines
 
 
