@@ -69,7 +69,8 @@ def walk(tmp_path, monkeypatch):
         (tmp_path / "clone").symlink_to(ROOT)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["kernel"])
-        monkeypatch.syspath_prepend(ROOT)  # and after the test sys.path is as it was
+        monkeypatch.setenv("TQDM_DISABLE", "")  # and after the test it is as it was
+        monkeypatch.syspath_prepend(ROOT)  # likewise
         tiny = f'DATASET, SOURCE, FLAGS = "tiny", "photo", {" ".join(settings)!r}'
         names = {"display": display}
         for name, code in {**CODE, "settings": tiny}.items():
