@@ -22,7 +22,7 @@ from config import parse
 from distributed import leave, ranks
 from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
-from mapper import load_mapper
+from mapper import load_mapper, load_styled
 from methods import CACHED
 from prompts import PROMPTS
 from strategies import CLIPood, Contrastive, Full, Linear, Towers
@@ -92,10 +92,14 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     scratch = torch.randn(class_text.shape, generator=generator) / class_text.shape[1] ** 0.5
     init = init or config.init or ("scratch" if method.train in CACHED else "text")
     start = class_text if init == "text" else scratch                  # rows of about unit norm
-    mappers = [
-        load_mapper(config, method.recipe, domain, seed, clip.fingerprint, clip.device)
-        for domain in (dataset.styles(config.source) if method.recipe else ())
-    ]
+    mappers, styled = [], []  # of each target: M_k; or, of CLIPstyler's images, the features
+    for domain in dataset.styles(config.source) if method.recipe else ():
+        if method.recipe == "clipstyler":
+            styled.append(load_styled(config, dataset, clip, domain, seed, items))
+        else:
+            mappers.append(load_mapper(
+                config, method.recipe, domain, seed, clip.fingerprint, clip.device
+            ))
     if method.train == "lpft":  # the probe is trained first: LP-FT (arXiv 2202.10054)
         linear = replace(method, train="linear")
         probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed, init)
@@ -108,7 +112,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     z_all = None
     if method.train in CACHED:  # nothing moves: z, ẑ^1 … ẑ^K are made once, (K + 1, N, d)
         z = cached_features(clip, dataset, config.source, config.run)(items).to(clip.device)
-        z_all = torch.stack([z, *(mapper(z) for mapper in mappers)])
+        z_all = torch.stack([z, *(mapper(z) for mapper in mappers), *styled])
     if method.train == "linear":
         learner = Linear(ce_step, clip, start)
     elif method.train in PROMPTS:
@@ -129,7 +133,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     config_hash = short_hash(
         config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
         [stamp[1:] for stamp in stamps(retrieved)],  # wherever the pool lies
-        [p for mapper in mappers for p in mapper.parameters()], classnames,
+        [p for mapper in mappers for p in mapper.parameters()] + styled, classnames,
         [template(classnames[0]) for template in templates],
         data.class_texts(dataset, config.source),
     )

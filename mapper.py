@@ -176,12 +176,48 @@ def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu"):
     return mapper.requires_grad_(False)
 
 
+def style_path(config, dataset, clip, domain, seed):
+    """Where network and features for a target and a seed lie: elsewhere with any other input."""
+    source, phrases = config.source, dataset.meta.phrases
+    inputs = dataset.split(source, source, "train", seed), dataset.images[source]
+    key = clip.fingerprint, config.mapper_steps, phrases[source], phrases[domain]
+    key = short_hash(*key, *map(stamps, inputs))
+    return config.run / "mappers" / f"clipstyler-{domain}-seed{seed}-{key[:8]}.pt"
+
+
+def load_styled(config, dataset, clip, domain, seed, items):
+    """ẑ: (N, d) features of the source's `items`, repainted; exits with status 2 where none are."""
+    path = style_path(config, dataset, clip, domain, seed)
+    if not path.exists():
+        fail(f"{path} is not there. Make it: python clipstyler.py, with the same arguments.")
+    with undamaged(path, "Remove it, and run clipstyler.py again."):
+        z = torch.load(path, map_location=clip.device)["z"]
+    row = {location: i for i, (location, _) in enumerate(dataset.images[config.source])}
+    return z[[row[location] for location, _ in items]]
+
+
+def record(config, table, n):
+    """Append and print {(recipe, target): `statistics` of every seed}, over n training images."""
+    results.append(config, [
+        {"method": name, "domain": domain, "measure": measure, "value": value, "n": n,
+         "seed": seed, "split": "train"}
+        for (name, domain), runs in table.items() for seed, numbers in enumerate(runs)
+        for measure, value in numbers.items()
+    ])
+    measures = next(iter(table.values()))[0]
+    print(f"{'recipe':28}{'target':16}" + "".join(f"{measure:>9}" for measure in measures))
+    for (name, domain), runs in table.items():
+        means = [sum(numbers[m] for numbers in runs) / len(runs) for m in measures]
+        print(f"{name:28}{domain:16}" + "".join(f"{mean:9.3f}" for mean in means))
+
+
 def main():
     config, dataset = parse(__doc__)
     only_one_process("mapper.py", "takes one process: run it without torchrun")
     recipes = recipes_of(config.methods)
+    recipes.pop("clipstyler", None)
     if not recipes:
-        return  # finetune, flyp and arf need no mapper
+        return  # finetune, flyp and arf need no mapper, and clipstyler has networks of its own
     source, targets = config.source, dataset.styles(config.source)
     clip = load_clip(config)
     features_of = cached_features(clip, dataset, source, config.run)
@@ -246,17 +282,7 @@ def main():
             write_atomically(path, lambda part: torch.save(state, part))
         table.setdefault((name, domain), []).append(state["statistics"])
 
-    n = len(split["train"])
-    results.append(config, [
-        {"method": name, "domain": domain, "measure": measure, "value": value, "n": n,
-         "seed": seed, "split": "train"}
-        for (name, domain), runs in table.items() for seed, numbers in enumerate(runs)
-        for measure, value in numbers.items()
-    ])
-    print(f"{'recipe':28}{'target':16}" + "".join(f"{m:>9}" for m in state["statistics"]))
-    for (name, domain), runs in table.items():
-        means = [sum(numbers[m] for numbers in runs) / len(runs) for m in runs[0]]
-        print(f"{name:28}{domain:16}" + "".join(f"{mean:9.3f}" for mean in means))
+    record(config, table, len(split["train"]))
 
 
 if __name__ == "__main__":

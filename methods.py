@@ -3,6 +3,7 @@
     finetune              cross-entropy on the source's images; --train says of what (TRAINED)
     lads, ldfs            … and on features that mappers synthesise from them
     ldfs:sigma=0,cls=0.5  a variation
+    clipstyler            … and on features of their images in the targets' styles
     lpft                  the image tower finetuned from a trained linear probe
     flyp                  CLIP's contrastive loss on class prompts instead; trains both towers
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
@@ -43,13 +44,15 @@ class Recipe:
     pair: float = 1.0           # λ_pair
     form: str = "angle"         # L_pair on angles, as the paper says; or the difference of cosines
     cls: float = 1.0            # λ_cls
-    loss: str = "ldfs"          # or "lads": loss and schedule of its public code
+    loss: str = "ldfs"          # or "lads": loss and schedule of its public code;
+                                # or "clipstyler": no mapper but a network of images
 
 
 RECIPES = {
     "ldfs": Recipe(),
     "global": Recipe(direction="class", sigma=0.0, pair=0.0),
     "lads": Recipe(direction="class", sigma=0.0, pair=0.0, loss="lads"),
+    "clipstyler": Recipe(direction="domain", sigma=0.0, pair=0.0, cls=0.0, loss="clipstyler"),
 }
 
 # What is trained, under the strategies' names.
@@ -100,7 +103,9 @@ def parse_recipe(text):
     if not all(0 <= x < math.inf for x in (recipe.sigma, recipe.pair, recipe.cls)):
         fail(f"recipe {text!r}: sigma, pair and cls are numbers from 0 up.")
     allowed = {"direction": ("caption", "class", "domain"), "form": ("angle", "cosine")}
-    allowed["loss"] = ("ldfs", "lads")
+    allowed["loss"] = ("ldfs", "lads", "clipstyler")
+    if recipe.loss == "clipstyler" and text != "clipstyler":
+        fail(f"recipe {text!r}: CLIPstyler does not vary; write clipstyler alone.")
     if recipe.loss == "lads" and recipe != replace(RECIPES["lads"], direction=recipe.direction):
         fail(f"recipe {text!r}: of LADS as published only direction varies; vary global instead.")
     for key, values in allowed.items():
@@ -129,6 +134,11 @@ def parse_method(text, train="linear"):
     for recipe in recipes:
         parse_recipe(recipe)
     trained = {"finetune": train, "flyp": "towers"}.get(first, first)
+    if "clipstyler" in recipes and trained not in CACHED:
+        fail(
+            f"--methods {text}: CLIPstyler's images are encoded once, and no mapper follows a "
+            f"tower that is trained. It goes with --train {', '.join(CACHED)}."
+        )
     return Method(trained, first == "flyp", "captions" in more, "retrieved" in more, *recipes)
 
 

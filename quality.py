@@ -8,7 +8,7 @@ import torch
 import data
 from anchors import read_retrieved
 from features import encode_texts
-from mapper import load_mapper
+from mapper import load_mapper, load_styled
 from methods import recipes_of
 from report import figures, results
 
@@ -61,8 +61,11 @@ def figure4(config, dataset, clip, cached):
         for domain in styles:
             for name in ["not mapped", *recipes]:
                 z_hat = z
-                if name in recipes:
+                if name == "clipstyler":
+                    z_hat = load_styled(config, dataset, clip, domain, seed, items[source]).cpu()
+                elif name in recipes:
                     z_hat = load_mapper(config, name, domain, seed, clip.fingerprint)(z)
+                if name in recipes:
                     nearest = neighbours(z_hat[pick], real[domain][0]).tolist()
                     found = [items[domain][j] for j in nearest]
                     lost = [(place, y != labels[i].item()) for i, (place, y) in zip(pick, found)]

@@ -52,6 +52,23 @@ def draw_figure4(path, rows):
     save(figure, path, pad=0.3, rect=(0, 0, 1, 0.985))  # the title above the images
 
 
+def draw_styles(path, rows):
+    """LDFS's figure 5: source images, and below them what a network made of them for each target.
+
+    rows: {name: images (B, 3, H, W) in [0, 1]}.
+    """
+    from torchvision.utils import make_grid  # here, for it takes seconds
+
+    figure = Figure(figsize=(11, 1.05 * len(rows)))
+    for axis, (name, images) in zip(figure.subplots(len(rows), 1), rows.items()):
+        grid = make_grid(images, nrow=len(images), pad_value=1)
+        axis.imshow(grid.permute(1, 2, 0).numpy())
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        axis.spines[:].set_visible(False)
+    save(figure, path, pad=0.3)
+
+
 def draw_figure5(path, columns):
     """ARF's figure 5: images with captions and, below each, the retrieved pair nearest to it.
 
