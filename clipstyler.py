@@ -17,8 +17,8 @@ from methods import recipes_of
 from report import figures
 from utils import cached, fail, only_one_process
 
-# CHOICE: the public code's weights and τ, but λ_c = 500 for another L_c: with 150 objects fade
-# away, with 1500 colours hardly change (source images, looked at); alternative: 150.
+# CHOICE: the public code's weights and τ, but λ_c = 500 for another L_c: in sketches of source
+# images more objects fade away with 150, and colours hardly change with 1500; alternative: 150.
 LAMBDA_DIR, LAMBDA_PATCH, LAMBDA_CONTENT, LAMBDA_TV, TAU = 500, 9000, 500, 2e-3, 0.7
 
 
