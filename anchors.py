@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 import features
 import utils
+from batches import image_batches, in_order
 from config import flags, parse, refuse_other
 from distributed import barrier, leave, ranks, the_device
 from features import load_captioner
@@ -108,7 +109,7 @@ def write_captions(config, items, class_prompts, name, by, part):
     model, processor = load_captioner(name, the_device())
     decoding = config.prompt, config.beams, config.max_tokens
     with utils.writing(part), part.open("a", buffering=1) as file:  # line by line
-        batches = features.in_order(len(items), config.caption_batch)
+        batches = in_order(len(items), config.caption_batch)
         for rows in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
             batch, images = [items[row] for row in rows], []
             for location, _ in batch:
@@ -143,8 +144,8 @@ def embed(clip, shard, folder):
     def encode():
         pairs, damaged = read_shard(shard)
         items, unreadable, z, rows = [(pair[1], row) for row, pair in enumerate(pairs)], [], [], []
-        load = items, clip.preprocess, features.in_order(len(items), 256), clip.device, unreadable
-        for images, labels in features.image_batches(*load):
+        load = items, clip.preprocess, in_order(len(items), 256), clip.device, unreadable
+        for images, labels in image_batches(*load):
             z.append(clip.encode_image(images).half().cpu())
             rows += labels.tolist()
         damaged += [f"{shard.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]

@@ -337,10 +337,8 @@ def test_a_pool_of_benchmark_images_fails_where_it_is_searched(
 def test_retrieval_embeds_once_and_searches_again_for_another_k(
     tiny_data, find, tmp_path, monkeypatch, capsys
 ):
-    run, read, true_read = tmp_path / "run", [], anchors.features.image_batches
-    monkeypatch.setattr(
-        anchors.features, "image_batches", lambda *a: read.append(a[0]) or true_read(*a)
-    )
+    run, read, true_read = tmp_path / "run", [], anchors.image_batches
+    monkeypatch.setattr(anchors, "image_batches", lambda *a: read.append(a[0]) or true_read(*a))
     call(monkeypatch, *find)
     stamp, few = (run / "retrieved.jsonl").stat().st_mtime_ns, len(retrieved(run))
     capsys.readouterr()
