@@ -1,6 +1,7 @@
 """Images in batches; and what goes into a training step, in an order that a resumed run repeats."""
 
 import functools
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 import data
+from config import refuse_other
 from data import UNREADABLE
 from distributed import share
-from utils import fail, short_hash
+from utils import fail, short_hash, undamaged
 
 
 class Images(torch.utils.data.Dataset):
@@ -85,6 +87,33 @@ class Batch:
     captions: torch.Tensor | None = None    # (b, L) tokens of each image's caption
     retrieved: tuple | None = None          # images (r, 3, H, W), tokens (r, L) of their texts, and
                                             # R, the pairs of all processes
+
+
+@functools.cache
+def read_retrieved(run):
+    """What retrieved.jsonl was made with, and all its pairs, [(Location, text, {query: score})]."""
+    path = run / "retrieved.jsonl"
+    if not path.exists():
+        fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
+    with undamaged(path, "Remove it, and retrieve again."):
+        header, *rows = map(json.loads, path.read_text().splitlines())
+        places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
+        pairs = [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
+        return header.get("made_with", {}), pairs
+
+
+def load_retrieved(config, dataset, items):
+    """[(Location, text)] of the pairs that one of the training images `items` found, or a class.
+
+    All the source's images are queries; a seed trains on what its own training images found.
+    """
+    mine = {location.path for location, _ in items} | {*dataset.classes}
+    path, (made_with, pairs) = config.run / "retrieved.jsonl", read_retrieved(config.run)
+    refuse_other(path, config, made_with)
+    found = [(image, text) for image, text, queries in pairs if mine & {*queries}]
+    if not found:
+        fail(f"{path} has no pair for these images. Retrieve with a larger --k.")
+    return found
 
 
 def batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved):

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from anchors import load_retrieved
-from batches import batches_of
+from batches import batches_of, load_retrieved
 from config import parse
 from distributed import gathered, leave, ranks
 from features import cached_features, load_clip, stamps, zero_shot_head

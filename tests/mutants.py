@@ -37,6 +37,7 @@ MUTANTS = [  # (what goes wrong, what stands once in the program, what does inst
     ("augmentation and preprocessing exchanged", "model, augment, preprocess = open_clip", "model, preprocess, augment = open_clip", "data"),
     ("test images stay in the pool", "if cosine >= same:", "if False:", "anchors"),
     ("the farthest pairs are found", "descending=True", "descending=False", "anchors"),
+    ("ids of a shard as the pool's", "rows + start], 1)", "rows], 1)", "anchors -k faiss"),
     ("pairs of all images for each seed", "queries in pairs if mine & {*queries}", "queries in pairs", "anchors"),
     ("caption by position in the batch", "[captions[row] for row in rows.tolist()]", "[captions[i] for i in range(len(rows))]", "finetune"),
     ("one template for all", "tokens[template[rows], labels[rows]]", "tokens[0, labels[rows]]", "finetune"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import anchors
+import batches
 import data
 import mapper
 import training
@@ -32,7 +33,7 @@ READERS = {  # file: (what reads it, from a folder, what else its message says)
     ),
     "results.jsonl": (results.rows, "line 1"),
     "config.json": (results.settings_of, "and results.jsonl"),
-    "retrieved.jsonl": (anchors.read_retrieved, "retrieve again"),
+    "retrieved.jsonl": (batches.read_retrieved, "retrieve again"),
     ".captions.jsonl.part1-0": (lambda run: data.read_rows(run / "captions.jsonl"), "said again"),
 }
 
