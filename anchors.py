@@ -25,7 +25,7 @@ import features
 import utils
 from batches import image_batches, in_order
 from config import flags, parse
-from distributed import barrier, leave, ranks, the_device
+from distributed import barrier, first_alone, leave, ranks, the_device
 from features import load_captioner
 from report import results
 from sets.folders import shards_of
@@ -215,10 +215,7 @@ def retrieve(config, dataset):
         return
     shards, (rank, world) = shards_of(config, dataset.meta), ranks()
     clip, cache = features.load_clip(config), config.run.parent / ".features"
-    if rank == 0:
-        queries_of(config, dataset, clip)  # the others find them cached
-    barrier()
-    names, queries = queries_of(config, dataset, clip)
+    names, queries = first_alone(lambda: queries_of(config, dataset, clip))
     for shard in tqdm(shards[rank::world], desc="searching the pool", disable=rank > 0):
         search_shard(clip, shard, cache, queries, config.k)
     barrier()

@@ -31,11 +31,18 @@ def patient():
 
 
 def barrier():
-    """Under torchrun, wait until all processes are here, for a week: between work of uneven length
-    (captions of a data set, features of a pool), and for the first one, which searches alone.
+    """Under torchrun, wait until all processes are here, for a week: behind work of uneven length
+    (captions of a data set, a search of a pool), and for the first one, which does some alone.
     """
     if ranks()[1] > 1:
         torch.distributed.barrier(patient())
+
+
+def first_alone(make):
+    """make(), by the first process, and then by the others, which find its outcome cached."""
+    made = make() if ranks()[0] == 0 else None
+    barrier()
+    return made if ranks()[0] == 0 else make()
 
 
 def leave():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 from batches import batches_of, load_retrieved
 from config import parse
-from distributed import gathered, leave, ranks
+from distributed import first_alone, gathered, leave, ranks
 from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_mapper
@@ -118,7 +118,8 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
 
     z_all = None
     if method.train in CACHED:  # nothing moves: z, ẑ^1 … ẑ^K are made once, (K + 1, N, d)
-        z = cached_features(clip, dataset, config.source, config.run)(items).to(clip.device)
+        z = first_alone(lambda: cached_features(clip, dataset, config.source, config.run))(items)
+        z = z.to(clip.device)
         z_all = torch.stack([z, *(mapper(z) for mapper in mappers)])
     if method.train == "linear":
         learner = Linear(ce_step, clip, start)
