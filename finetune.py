@@ -169,8 +169,8 @@ def main():
                 raise
             train = config.methods[name].train
             size = config.schedules[train].batch_size
-            micro = f"--micro-batch {max(1, (config.micro_batch or size) // 4)}"
-            remedy = "a smaller --batch-size" if train in CACHED else micro
+            micro = 0 if train in CACHED else (config.micro_batch or size) // 4
+            remedy = f"--micro-batch {micro}" if micro else "a smaller --batch-size"
             fail(f"{name}: out of memory at batch size {size}. Say {remedy}; the rest is kept.")
     leave()
 
