@@ -52,7 +52,7 @@ MUTANTS = [  # (what goes wrong, what stands once in the program, what does inst
     ("MaPLe's prompts in one layer alone", "zip(modules, vectors):", "zip(modules, vectors[:1]):", "finetune -k maple"),
     ("MaPLe's last prompts in all layers", "args, words=words: put", "args: put", "finetune -k maple"),
     ("MaPLe's hooks stay", "hooks.enter_context(module", "(module", "finetune -k maple"),
-    ("MaPLe's images without prompts", "        with self.prompted():\n            z", "        if True:\n            z", "finetune -k maple"),
+    ("MaPLe's images without prompts", "            with self.prompted():\n                return", "            if True:\n                return", "finetune -k maple"),
     ("images tested without MaPLe's prompts", "with prompted:", "with contextlib.nullcontext():", "evaluate -k maple"),
     ("logit scale not clamped", "self.towers.logit_scale.data.clamp_(max=math.log(100))", "pass", "finetune"),
     ("weight decay 0", "weight_decay=weight_decay", "weight_decay=0.0", "finetune"),
