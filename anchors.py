@@ -8,7 +8,6 @@ Both look at the source's images only (ITAR at others to keep them out of what i
 can be killed at any moment: they go on where they stopped.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -24,8 +23,9 @@ from tqdm import tqdm
 import data
 import features
 import utils
-from config import flags, parse, refuse_other
-from distributed import barrier, leave, ranks, the_device
+from batches import image_batches, in_order
+from config import flags, parse
+from distributed import barrier, first_alone, leave, ranks, the_device
 from features import load_captioner
 from report import results
 from sets.folders import shards_of
@@ -108,7 +108,7 @@ def write_captions(config, items, class_prompts, name, by, part):
     model, processor = load_captioner(name, the_device())
     decoding = config.prompt, config.beams, config.max_tokens
     with utils.writing(part), part.open("a", buffering=1) as file:  # line by line
-        batches = features.in_order(len(items), config.caption_batch)
+        batches = in_order(len(items), config.caption_batch)
         for rows in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
             batch, images = [items[row] for row in rows], []
             for location, _ in batch:
@@ -143,8 +143,8 @@ def embed(clip, shard, folder):
     def encode():
         pairs, damaged = read_shard(shard)
         items, unreadable, z, rows = [(pair[1], row) for row, pair in enumerate(pairs)], [], [], []
-        load = items, clip.preprocess, features.in_order(len(items), 256), clip.device, unreadable
-        for images, labels in features.image_batches(*load):
+        load = items, clip.preprocess, in_order(len(items), 256), clip.device, unreadable
+        for images, labels in image_batches(*load):
             z.append(clip.encode_image(images).half().cpu())
             rows += labels.tolist()
         damaged += [f"{shard.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]
@@ -163,15 +163,50 @@ def search(queries, parts, k):
     """
     import faiss
 
-    scores, ids = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    start = 0
-    for z in (z for part in parts for z in part.split(50_000) if len(z)):
-        nearest = queries.numpy(), z.numpy(), min(k, len(z)), faiss.METRIC_INNER_PRODUCT
-        found, rows = map(torch.from_numpy, faiss.knn(*nearest))
-        scores, order = torch.cat([scores, found], 1).sort(dim=1, descending=True, stable=True)
+    def found():
+        yield torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long), 0
+        for z in (z for part in parts for z in part.split(50_000) if len(z)):
+            nearest = queries.numpy(), z.numpy(), min(k, len(z)), faiss.METRIC_INNER_PRODUCT
+            yield *map(torch.from_numpy, faiss.knn(*nearest)), len(z)
+
+    return merge(found(), k)
+
+
+def merge(found, k):
+    """Of what was found in parts of a pool, what a search of the whole finds: scores and ids.
+
+    found: iterator of scores and ids, both (Q, k or less), in one part, and the part's length.
+    """
+    scores, ids, start = next(found)
+    for some, rows, n in found:
+        scores, order = torch.cat([scores, some], 1).sort(dim=1, descending=True, stable=True)
         ids = torch.cat([ids, rows + start], 1).gather(1, order)
-        scores, ids, start = scores[:, :k], ids[:, :k], start + len(z)
+        scores, ids, start = scores[:, :k], ids[:, :k], start + n
     return scores, ids
+
+
+def search_shard(clip, shard, folder, queries, k):
+    """`search` in one shard, cached in `folder`, and the shard's length: a part for `merge`."""
+
+    def find():
+        z = embed(clip, shard, folder)["z"]
+        scores, ids = search(queries, [z], k)
+        return scores, ids.int(), len(z)
+
+    key = short_hash(clip.fingerprint, stamps([shard]), short_hash(queries), k)
+    return utils.cached(folder / f"found-{shard.stem}-{key}.pt", find)
+
+
+def queries_of(config, dataset, clip):
+    """What pairs are retrieved for: Q names of images or classes, and their features (Q, d)."""
+    # CHOICE: image→image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the
+    # class prompts; a larger --k
+    if config.query == "text":
+        prompts = data.prompt_templates(dataset, config.source)
+        return dataset.classes, features.zero_shot_head(clip, *prompts)
+    items = dataset.trainable(config.source)
+    queries = features.cached_features(clip, dataset, config.source, config.run)(items)
+    return [location.path for location, _ in items], queries
 
 
 def retrieve(config, dataset):
@@ -180,8 +215,9 @@ def retrieve(config, dataset):
         return
     shards, (rank, world) = shards_of(config, dataset.meta), ranks()
     clip, cache = features.load_clip(config), config.run.parent / ".features"
-    for shard in tqdm(shards[rank::world], desc="encoding the pool", disable=rank > 0):
-        embed(clip, shard, cache)
+    names, queries = first_alone(lambda: queries_of(config, dataset, clip))
+    for shard in tqdm(shards[rank::world], desc="searching the pool", disable=rank > 0):
+        search_shard(clip, shard, cache, queries, config.k)
     barrier()
     if rank > 0:
         return
@@ -190,21 +226,13 @@ def retrieve(config, dataset):
         features.cached_features(clip, tested, domain, config.run)(items)
         for tested in sets for domain, items in tested.images.items()
     ]
-    # CHOICE: image→image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the
-    # class prompts; a larger --k
-    if config.query == "image":
-        items = dataset.trainable(config.source)
-        names = [location.path for location, _ in items]
-        queries = features.cached_features(clip, dataset, config.source, config.run)(items)
-    else:
-        names, prompts = dataset.classes, data.prompt_templates(dataset, config.source)
-        queries = features.zero_shot_head(clip, *prompts)
     inputs = clip.fingerprint, stamps(shards), names, config.k, config.same
     config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
     if path.exists() and config_hash in path.open(errors="replace").readline():
         return print(f"{path} is there already")
 
-    scores, ids = search(queries, (embed(clip, shard, cache)["z"] for shard in shards), config.k)
+    parts = (search_shard(clip, shard, cache, queries, config.k) for shard in shards)
+    scores, ids = merge(parts, config.k)
     found = {}  # id in the pool: {query: score}
     for name, some_scores, some_ids in zip(names, scores.tolist(), ids.tolist()):
         for score, i in zip(some_scores, some_ids):
@@ -251,33 +279,6 @@ def choose(found, parts, bench, same):
             utils.warn(f"damaged: {name}")
     counts["retrieved"] = len(chosen)
     return [*chosen.values()], counts
-
-
-@functools.cache
-def read_retrieved(run):
-    """What retrieved.jsonl was made with, and all its pairs, [(Location, text, {query: score})]."""
-    path = run / "retrieved.jsonl"
-    if not path.exists():
-        fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
-    with utils.undamaged(path, "Remove it, and retrieve again."):
-        header, *rows = map(json.loads, path.read_text().splitlines())
-        places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
-        pairs = [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
-        return header.get("made_with", {}), pairs
-
-
-def load_retrieved(config, dataset, items):
-    """[(Location, text)] of the pairs that one of the training images `items` found, or a class.
-
-    All the source's images are queries; a seed trains on what its own training images found.
-    """
-    mine = {location.path for location, _ in items} | {*dataset.classes}
-    path, (made_with, pairs) = config.run / "retrieved.jsonl", read_retrieved(config.run)
-    refuse_other(path, config, made_with)
-    found = [(image, text) for image, text, queries in pairs if mine & {*queries}]
-    if not found:
-        fail(f"{path} has no pair for these images. Retrieve with a larger --k.")
-    return found
 
 
 def main():

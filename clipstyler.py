@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torchvision.transforms import Compose, RandomCrop, RandomPerspective, Resize
 from tqdm import tqdm
 
+from batches import image_batches, in_order
 from config import parse
-from features import autocast, cached_features, encode_texts, image_batches, in_order, load_clip
+from features import autocast, cached_features, encode_texts, load_clip
 from mapper import load_styled, record, statistics, style_path
 from methods import recipes_of
 from report import figures

@@ -132,6 +132,9 @@ def flags(doc):
     add("--lock-text", action="store_true", help="flyp, arf: only the image tower is trained")
     add("--epochs", type=count, help="passes over the training images (default: SCHEDULES)")
     add("--batch-size", type=count, help="images a step (default: SCHEDULES)")
+    add("--micro-batch", type=count, metavar="N", help="images and texts that a tower encodes at a "
+        "time; the rest is computed again in the backward pass: less memory, about a third slower "
+        "(default: all)")
     add("--lr", type=amount, help="peak learning rate (default: SCHEDULES)")
     add("--lambda-cap", type=amount, default=1.0, help="weight of ARF's caption loss (default: 1)")
     add("--lambda-ret", type=amount, default=1.0, help="weight of its loss on pairs (default: 1)")
@@ -144,7 +147,9 @@ class Config:
     """All flags as attributes, frozen; `methods` {name: Method}, `schedules` {train: Schedule}."""
 
     # what changes no number of a row, and so is not in the record
-    APART = ("data", "run", "paper", "methods", "seeds", "alphas", "caption_batch")
+    APART = (
+        "data", "run", "paper", "methods", "seeds", "alphas", "caption_batch", "micro_batch",
+    )
 
     def __init__(self, **settings):
         self.__dict__.update(settings)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import UNREADABLE
+from batches import image_batches, in_order
 from distributed import the_device
 from utils import cached, fail, from_root, one_line, short_hash
 
@@ -30,6 +31,7 @@ class Clip:
     name: str
     base: tuple = ()       # (name, tag of its weights) in open_clip's terms, also of a checkpoint
     fingerprint: str = ""  # a hash of all that makes its features
+    micro_batch: int | None = None  # rows that are encoded at a time in training; None: all
 
     @property
     def logit_scale(self):
@@ -40,18 +42,31 @@ class Clip:
 
     def encode_image(self, images):
         """z: (B, d) unit-norm float32 features of images (B, 3, H, W), with their gradient."""
-        with autocast(self.device):
-            z = self.model.encode_image(images.to(self.device))
-        return F.normalize(z.float(), dim=-1)  # float32: bfloat16 logits of 100 are steps of a half
+        return self.encode(self.model.encode_image, images.to(self.device))
 
     def encode_text(self, tokens):
         """t: (B, d), likewise, of tokens (B, L); texts that occur several times are encoded
         once.
         """
         unique, back = tokens.unique(dim=0, return_inverse=True)
-        with autocast(self.device):
-            t = self.model.encode_text(unique.to(self.device))
-        return F.normalize(t.float(), dim=-1)[back.to(self.device)]
+        return self.encode(self.model.encode_text, unique.to(self.device))[back.to(self.device)]
+
+    def encode(self, tower, x):
+        """tower(x), unit norm; in training `micro_batch` rows at a time, whose activations are not
+        kept but computed again in the backward pass, while losses see the whole batch.
+
+        Source: GradCache (arXiv 2101.06983), here by PyTorch's checkpoints.
+        """
+
+        def features(x):
+            with autocast(self.device):
+                out = tower(x)
+            return F.normalize(out.float(), dim=-1)  # bfloat16 logits of 100 are steps of a half
+
+        n = self.micro_batch or len(x)
+        if len(x) <= n or not torch.is_grad_enabled():
+            return features(x)
+        return torch.cat([checkpoint(features, part, use_reentrant=False) for part in x.split(n)])
 
 
 def precision(device):
@@ -121,7 +136,7 @@ def load_clip(config):
     # frozen until finetune.py says otherwise: PyTorch's attention rounds differently with gradients
     model.eval().requires_grad_(False)
     parts = model, preprocess, augment, tokenizer, device, config.model, (base, pretrained)
-    clip = Clip(*parts)
+    clip = Clip(*parts, micro_batch=config.micro_batch)
     clip.fingerprint = fingerprint(clip)
     return clip
 
@@ -184,54 +199,6 @@ def towers_of(state):
 
 # -------------------------------------------------------------------------------------------------
 # Encode
-
-
-class Images(torch.utils.data.Dataset):
-    """(image tensor or None where it cannot be read, index) of items [(Location, label)]."""
-
-    def __init__(self, items, transform):
-        self.items, self.transform = items, transform
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        try:
-            return self.transform(self.items[i][0].open()), i
-        except UNREADABLE:
-            return None, i  # a worker process cannot stop the program with a clear line
-
-
-def collate(batch):
-    """(images (B, C, H, W) or None, their indices, indices of unreadable images)."""
-    good = [(image, i) for image, i in batch if image is not None]
-    images, rows = torch.utils.data.default_collate(good) if good else (None, None)
-    return images, rows, [i for image, i in batch if image is None]
-
-
-def image_batches(items, transform, batches, device, unreadable=None):
-    """Yield images (B, 3, H, W) on `device` and labels (B,) for `batches` of indices into `items`.
-
-    At an unreadable image it exits with status 2, naming it; or, given a list, adds its label.
-    """
-    gpu = device.type == "cuda"
-    loader = torch.utils.data.DataLoader(
-        Images(items, transform), batch_sampler=batches, collate_fn=collate, pin_memory=gpu,
-        num_workers=min(8, os.cpu_count()) if gpu else 0,
-    )
-    for images, rows, bad in loader:
-        if bad and unreadable is None:
-            fail(f"{items[bad[0]][0]}: not a readable image. Replace or remove it.")
-        if bad:
-            unreadable += [items[i][1] for i in bad]
-        if images is not None:
-            labels = torch.tensor([items[i][1] for i in rows.tolist()])
-            yield images.to(device, non_blocking=True), labels
-
-
-def in_order(n, batch_size):
-    """Batches of the indices 0 … n-1, in their order."""
-    return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]
 
 
 @torch.no_grad()

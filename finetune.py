@@ -2,13 +2,15 @@
 
     python finetune.py pacs photo --methods finetune lads ldfs                  # linear heads
     python finetune.py pacs photo --paper arf --methods finetune flyp arf arf+ldfs    # towers
-    torchrun --nproc-per-node 8 -- finetune.py …       # the batch is split over eight GPUs
+    python finetune.py … --micro-batch 16              # the same in less memory
+    torchrun --nproc-per-node 8 -- finetune.py …       # … and with a batch split over eight GPUs
 
 No image of a target domain is read here, and no result chooses anything: the last step is what is
 kept. Checkpoints go to runs/…/checkpoints/; a killed run goes on after its last finished epoch.
 """
 
 import math
+import re
 from dataclasses import asdict, replace
 
 import torch
@@ -16,17 +18,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from anchors import load_retrieved
-from batches import batches_of
+from batches import batches_of, load_retrieved
 from config import parse
-from distributed import leave, ranks
+from distributed import first_alone, gathered, leave, ranks
 from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_mapper, load_styled
 from methods import CACHED
 from prompts import PROMPTS
 from strategies import CLIPood, Contrastive, Full, Linear, Towers
-from training import fit, gathered
+from training import fit
 from utils import fail, short_hash
 
 # -------------------------------------------------------------------------------------------------
@@ -36,13 +37,21 @@ from utils import fail, short_hash
 def ce_step(features, labels, head):
     """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's step 2; of [z] alone it is plain finetuning.
 
-    features: [z, ẑ^1 … ẑ^K], each (B, d) unit norm. labels: (B,). head: (B, d) -> logits (B, C),
-    s · W z. LDFS's L_con is cross-entropy, ARF's (below) is CLIP's contrastive loss.
+    features: [z, ẑ^1 … ẑ^K], each (b, d) unit norm, of this process's share of the batch (one
+    process: b = B). labels: (B,). head: (b, d) -> logits (b, C), s · W z. LDFS's L_con is
+    cross-entropy, ARF's (below) is CLIP's contrastive loss.
     Source: LDFS, figure 2, step 2.
     CHOICE: every domain weighs as much as the original, as in LADS's union of features;
     alternative: the mean over domains.
     """
-    return sum(F.cross_entropy(head(x), labels) for x in features)
+    return sum(F.cross_entropy(gathered(head(x), len(labels)), labels) for x in features)
+
+
+def together(encode, *parts):
+    """encode(x), (b, d), of each x (b, …) or None among `parts`, all in one forward of a tower."""
+    there = [x for x in parts if x is not None]
+    features = iter(encode(torch.cat(there)).split([len(x) for x in there]))
+    return [None if x is None else next(features) for x in parts]
 
 
 def contrastive_step(clip, batch, mappers=(), lambda_cap=1.0, lambda_ret=1.0):
@@ -54,18 +63,20 @@ def contrastive_step(clip, batch, mappers=(), lambda_cap=1.0, lambda_ret=1.0):
     LDFS's L_2; alternative: in the words of its domain.
     """
 
-    def l_con(image, text):  # over the pairs (B, d) of all processes
-        return clip_contrastive(gathered(image), gathered(text), clip.model.logit_scale.exp())
+    def l_con(image, text, n):  # (b, d) each, over the n pairs of all processes
+        image, text = gathered(image, n), gathered(text, n)
+        return clip_contrastive(image, text, clip.model.logit_scale.exp())
 
-    z, t = clip.encode_image(batch.images), clip.encode_text(batch.prompts)                # (B, d)
-    loss = l_con(z, t)                                                              # L_cl, FLYP's
-    if batch.captions is not None:                               # TCAG: the image is encoded once
-        loss = loss + lambda_cap * l_con(z, clip.encode_text(batch.captions))
-    if batch.retrieved is not None:                                                          # ITAR
-        images, texts = batch.retrieved                                            # B pairs as well
-        loss = loss + lambda_ret * l_con(clip.encode_image(images), clip.encode_text(texts))
+    n, (images, texts, pairs) = len(batch.labels), batch.retrieved or (None, None, 0)
+    z, z_ret = together(clip.encode_image, batch.images, images)           # each image once, (b, d)
+    t, t_cap, t_ret = together(clip.encode_text, batch.prompts, batch.captions, texts)
+    loss = l_con(z, t, n)                                                           # L_cl, FLYP's
+    if t_cap is not None:                                                                    # TCAG
+        loss = loss + lambda_cap * l_con(z, t_cap, n)
+    if t_ret is not None:                                                                    # ITAR
+        loss = loss + lambda_ret * l_con(z_ret, t_ret, pairs)
     for mapper in mappers:                                               # LDFS's ẑ^k, if asked for
-        loss = loss + l_con(mapper(z), t)
+        loss = loss + l_con(mapper(z), t, n)
     return loss
 
 
@@ -111,7 +122,8 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
 
     z_all = None
     if method.train in CACHED:  # nothing moves: z, ẑ^1 … ẑ^K are made once, (K + 1, N, d)
-        z = cached_features(clip, dataset, config.source, config.run)(items).to(clip.device)
+        z = first_alone(lambda: cached_features(clip, dataset, config.source, config.run))(items)
+        z = z.to(clip.device)
         z_all = torch.stack([z, *(mapper(z) for mapper in mappers), *styled])
     if method.train == "linear":
         learner = Linear(ce_step, clip, start)
@@ -145,10 +157,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
 
 def main():
     config, dataset = parse(__doc__)
-    rank, world = ranks()
-    small = min(config.schedules[m.train].batch_size for m in config.methods.values())
-    if small < world:
-        fail(f"--batch-size {small} is less than the {world} processes. Say a larger one.")
+    rank, _ = ranks()
     clip = load_clip(config)
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
     jobs = [(seed, name) for seed in range(config.seeds) for name in config.methods]
@@ -159,6 +168,14 @@ def main():
             finetune(clip, dataset, config, name, config.methods[name], seed)
         except FloatingPointError as error:
             fail(f"{error}. Try a lower --lr; what is finished is kept.")
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU has no class for it
+            if not re.search("out of memory|allocate memory|not enough memory", str(error)):
+                raise
+            train = config.methods[name].train
+            size = config.schedules[train].batch_size
+            micro = 0 if train in CACHED else (config.micro_batch or size) // 4
+            remedy = f"--micro-batch {micro}" if micro else "a smaller --batch-size"
+            fail(f"{name}: out of memory at batch size {size}. Say {remedy}; the rest is kept.")
     leave()
 
 

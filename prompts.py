@@ -206,8 +206,11 @@ class MaPLe(CoOp):
         return deep(modules, vectors, len(visual.positional_embedding))  # class token and patches
 
     def forward(self, batch):
-        with self.prompted():
-            z = self.clip.encode_image(batch.images)                                       # (B, d)
+        def tower(images):  # also where micro-batches are computed again
+            with self.prompted():
+                return self.clip.model.encode_image(images)
+
+        z = self.clip.encode(tower, batch.images.to(self.clip.device))                     # (b, d)
         return self.step(self.synthesise(z), batch.labels, self.head(self.tokens))
 
 

@@ -6,7 +6,7 @@ import statistics
 import torch
 
 import data
-from anchors import read_retrieved
+from batches import read_retrieved
 from features import encode_texts
 from mapper import load_mapper, load_styled
 from methods import recipes_of

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.optim.swa_utils import AveragedModel
 
 import data
+from distributed import share
 
 
 class Learner(nn.Module):
@@ -131,8 +132,8 @@ class CLIPood(Learner):
         self.after_step()                                                                  # θ_0
 
     def forward(self, batch):
-        z, class_text = self.clip.encode_image(batch.images), self.head.weight     # (B, d), (C, d)
-        margin = 0.3 * class_text[batch.labels]                                            # (B, d)
+        z, class_text = self.clip.encode_image(batch.images), self.head.weight     # (b, d), (C, d)
+        margin = 0.3 * class_text[batch.labels[share(len(batch.labels))]]                  # (b, d)
         features = self.synthesise(z)
         return self.step(features, batch.labels, lambda x: self.scale * (x - margin) @ class_text.T)
 

@@ -3,11 +3,10 @@
 import math
 
 import torch
-import torch.distributed.nn
 import torch.nn as nn
 from tqdm import tqdm
 
-from distributed import ranks
+from distributed import average_gradients, ranks
 from utils import undamaged, write_atomically
 
 
@@ -66,21 +65,3 @@ def lr_at(step, steps, schedule):
     if step < warm:
         return schedule.lr * (step + 1) / warm
     return schedule.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-# -------------------------------------------------------------------------------------------------
-# Several processes (torchrun), in the open
-
-
-def gathered(x):
-    """The rows (B, d) of all processes, (world · B, d), with gradients to each one's own."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(x)) if ranks()[1] > 1 else x
-
-
-def average_gradients(parameters):
-    """What DistributedDataParallel does: the mean over processes of each gradient."""
-    if ranks()[1] > 1:
-        for p in parameters:
-            if p.grad is not None:
-                torch.distributed.all_reduce(p.grad)
-                p.grad /= ranks()[1]

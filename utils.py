@@ -79,22 +79,29 @@ def write_atomically(path, save, otherwise=fail):
 LOCKS = {}  # {path: the open file}, each until this process ends, however it does
 
 
-def lock(path, *partial):
-    """Hold the lock `path`, or exit with status 2 where another process does.
+def lock(path, *partial, shared=False):
+    """Hold the lock `path`, beside others where it is `shared`; else exit with status 2 where
+    another process does.
 
-    What partial files (patterns beside it) are there then, killed processes left: they go.
+    What partial files (patterns beside it) are there while none does, killed processes left: they
+    go.
     """
     path = path.absolute()
-    if path in LOCKS or int(os.environ.get("RANK", 0)) > 0:  # torchrun's first process locks
+    if path in LOCKS or int(os.environ.get("RANK", 0)) > 0 and not shared:  # torchrun's first does
         return
     try:
         file = path.open("a")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for part in (part for pattern in partial for part in path.parent.glob(pattern)):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+        except BlockingIOError:
+            if not shared:
+                fail(f"{path}: another run is at work here. Wait for it, or name another folder.")
+        if shared:
+            fcntl.flock(file, fcntl.LOCK_SH)
         LOCKS[path] = file
-        for part in (part for pattern in partial for part in path.parent.glob(pattern)):
-            part.unlink()
-    except BlockingIOError:
-        fail(f"{path}: another run is at work here. Wait for its end, or name another folder.")
     except OSError:  # read-only, where nothing is written; or a file system that has no locks
         pass
 
@@ -118,6 +125,9 @@ def cached(path, make):
         if path.exists():
             warn(f"{path} is damaged, and made anew")
     made = make()
+    with contextlib.suppress(OSError):  # write_atomically says so
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock(path.with_name(".lock"), ".*.part", shared=True)  # runs write here side by side
     write_atomically(path, lambda part: torch.save(made, part))
     return made
 

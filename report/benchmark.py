@@ -27,7 +27,7 @@ def finetuning(method, name, batch_size, device, classes=1000):
     tokens = torch.randint(1, 40000, (3, batch_size, model.context_length), device=device)
     batch = Batch(labels, images=images, prompts=tokens[0])
     if method == "arf":
-        batch.captions, batch.retrieved = tokens[1], (more, tokens[2])
+        batch.captions, batch.retrieved = tokens[1], (more, tokens[2], batch_size)
     head = torch.nn.Linear(model.text_projection.shape[1], classes, device=device)
     trained = torch.nn.ModuleList([head, model.visual] if method == "finetune" else [model])
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)

@@ -17,6 +17,7 @@ from conftest import in_processes, square, write_shard
 from PIL import Image
 
 import anchors
+import batches
 import data
 from report import results
 from sets import folders
@@ -337,10 +338,8 @@ def test_a_pool_of_benchmark_images_fails_where_it_is_searched(
 def test_retrieval_embeds_once_and_searches_again_for_another_k(
     tiny_data, find, tmp_path, monkeypatch, capsys
 ):
-    run, read, true_read = tmp_path / "run", [], anchors.features.image_batches
-    monkeypatch.setattr(
-        anchors.features, "image_batches", lambda *a: read.append(a[0]) or true_read(*a)
-    )
+    run, read, true_read = tmp_path / "run", [], anchors.image_batches
+    monkeypatch.setattr(anchors, "image_batches", lambda *a: read.append(a[0]) or true_read(*a))
     call(monkeypatch, *find)
     stamp, few = (run / "retrieved.jsonl").stat().st_mtime_ns, len(retrieved(run))
     capsys.readouterr()
@@ -374,18 +373,18 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
     ]
     data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": ""}, *rows])
     config = SimpleNamespace(run=tmp_path)
-    got = anchors.load_retrieved(config, dataset, [photos[one]])
+    got = batches.load_retrieved(config, dataset, [photos[one]])
     assert [text for _, text in got] == ["text 1", "text 2", "text 3"]
     assert got[0][0].open().size == (16, 16)
     other = SimpleNamespace(run=tmp_path / "other", k=3)
     for reason in ("is not there", "no pair for these"):
         with pytest.raises(SystemExit):
-            anchors.load_retrieved(other, dataset, [photos[two]])
+            batches.load_retrieved(other, dataset, [photos[two]])
         assert reason in capsys.readouterr().err
         data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 3}}, *rows[:2]])
     other.k = 5  # finetune.py alone, with another flag than anchors.py had
     with pytest.raises(SystemExit):
-        anchors.load_retrieved(other, dataset, [photos[zero]])
+        batches.load_retrieved(other, dataset, [photos[zero]])
     assert "retrieved.jsonl was made with --k 3. Say so" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import anchors
+import batches
 import data
 import mapper
 import training
@@ -32,7 +33,7 @@ READERS = {  # file: (what reads it, from a folder, what else its message says)
     ),
     "results.jsonl": (results.rows, "line 1"),
     "config.json": (results.settings_of, "and results.jsonl"),
-    "retrieved.jsonl": (anchors.read_retrieved, "retrieve again"),
+    "retrieved.jsonl": (batches.read_retrieved, "retrieve again"),
     ".captions.jsonl.part1-0": (lambda run: data.read_rows(run / "captions.jsonl"), "said again"),
 }
 
@@ -126,15 +127,28 @@ def test_a_damaged_cache_is_made_anew(tmp_path, capsys):
     assert utils.cached(path, lambda: pytest.fail("made twice")).tolist() == [1, 1]
 
 
-def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
-    code = f"import pathlib, utils; utils.lock(pathlib.Path({str(tmp_path / '.lock')!r})); "
+def holder(path, **how):
+    """Another process, which holds the lock `path`."""
+    code = f"import pathlib, utils; utils.lock(pathlib.Path({str(path)!r}), **{how}); "
     code += "print('locked', flush=True); input()"
-    command = [sys.executable, "-c", code]
-    other = subprocess.Popen(
-        command, cwd=Path(utils.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdout.readline() == b"locked\n"
-    part = tmp_path / "checkpoints" / ".arf-seed0.pt.123.part"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(utils.__file__).parent, **pipes)
+    assert process.stdout.readline() == b"locked\n"
+    return process
+
+
+def test_partial_caches_of_killed_runs_go_once_no_run_is_at_work_there(tmp_path):
+    other, part = holder(tmp_path / ".lock", shared=True), tmp_path / ".y.pt.123.part"
+    part.touch()
+    for name in ("x.pt", "w.pt"):
+        utils.LOCKS.clear()  # as another process would
+        assert utils.cached(tmp_path / name, dict) == {} and part.exists() == (name == "x.pt")
+        other.kill()
+        other.wait()
+
+
+def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
+    other, part = holder(tmp_path / ".lock"), tmp_path / "checkpoints" / ".arf-seed0.pt.123.part"
     part.parent.mkdir()
     part.touch()
     said = refusal(capsys, utils.lock, tmp_path / ".lock", "checkpoints/.*.part")
