@@ -131,7 +131,7 @@ def test_end_to_end(script, tiny_data, tiny_clip, tmp_path):
     options += ["--seeds", 1, "--mapper-steps", 2, "--epochs", 2, "--batch-size", 8]
     methods = ["--methods", "finetune", "clipstyler", "coop+clipstyler"]
     script("run_ldfs.sh", *options, *methods)
-    files = {path: path.stat().st_mtime_ns for path in run.glob("mappers/*")}
+    files = {path: path.stat().st_mtime_ns for path in run.glob("mappers/*.pt")}
     names = sorted(path.name.rpartition("-")[0] for path in files)
     assert names == ["clipstyler-cartoon-seed0", "clipstyler-sketch-seed0"]
     assert (run / "clipstyler.png").stat().st_size > 1000
@@ -147,10 +147,10 @@ def test_end_to_end(script, tiny_data, tiny_clip, tmp_path):
 
     os.utime(touched / "sketch" / "cat" / "0.png", (1, 1))
     script("clipstyler.py", *options, *methods)
-    assert files == {path: path.stat().st_mtime_ns for path in run.glob("mappers/*")}
+    assert files == {path: path.stat().st_mtime_ns for path in run.glob("mappers/*.pt")}
     os.utime(touched / "photo" / "cat" / "0.png", (1, 1))
     script("clipstyler.py", *options, *methods)
-    assert len({*run.glob("mappers/*")}) == 4
+    assert len({*run.glob("mappers/*.pt")}) == 4
 
 
 def test_the_network_hangs_on_the_seed_and_leaves_clip_alone(tiny_data, tiny_clip, tmp_path):
