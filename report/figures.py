@@ -41,7 +41,8 @@ def draw_figure4(path, rows):
     rows: [(label, [(Location, whether the class is lost)])].
     """
     size, pitch, columns = 96, 110, len(rows[0][1])  # pixels, of an image and from one to the next
-    sheet = Image.new("RGB", (pitch * columns, pitch * len(rows)), "white")  # axes for each are slow
+    # one sheet, for an axes for each image takes seconds
+    sheet = Image.new("RGB", (pitch * columns, pitch * len(rows)), "white")
     for y, (_, images) in enumerate(rows):
         for x, (location, lost) in enumerate(images):
             color, width = (COLOURS[1], 4) if lost else ("lightgrey", 1)
