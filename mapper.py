@@ -242,6 +242,10 @@ def main():
     labels_all = torch.tensor([label for _, label in everything], device=clip.device)
 
     seeds = range(config.seeds)
+    splits = [
+        {part: dataset.split(source, source, part, seed) for part in ("train", "val")}
+        for seed in seeds
+    ]
     jobs = [(seed, domain, name) for seed in seeds for domain in targets for name in recipes]
     table = {}  # (recipe, target): statistics of every seed
     for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper", leave=False)):
@@ -249,10 +253,9 @@ def main():
         recipe = recipes[name]
         source_texts, target_texts = ((recipe.direction, d) for d in (source, domain))
         every = z_all, labels_all, texts[source_texts], texts[target_texts]
-        split = {part: dataset.split(source, source, part, seed) for part in ("train", "val")}
         config_hash = short_hash(
             asdict(recipe), seed, config.mapper_steps, clip.fingerprint,
-            *map(stamps, split.values()),
+            *map(stamps, splits[seed].values()),
             words[source_texts], words[target_texts], neutral, data.class_texts(dataset, source),
         )
         path = mapper_path(config.run, name, domain, seed)
@@ -261,7 +264,7 @@ def main():
             there = state["config_hash"] == config_hash and state["statistics"]
         if not there:
             parts = {}  # "train", "val": their rows of `every`
-            for part, items in split.items():
+            for part, items in splits[seed].items():
                 i = torch.tensor([row[location] for location, _ in items], dtype=torch.long)
                 parts[part] = [x[i.to(clip.device)] for x in every]
             length = "epochs" if recipe.loss == "lads" else "steps"
@@ -282,7 +285,7 @@ def main():
             write_atomically(path, lambda part: torch.save(state, part))
         table.setdefault((name, domain), []).append(state["statistics"])
 
-    record(config, table, len(split["train"]))
+    record(config, table, len(splits[-1]["train"]))
 
 
 if __name__ == "__main__":

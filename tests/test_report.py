@@ -1,13 +1,17 @@
 """report/: rows are kept once, tables say what was worked out by hand; figures and documents."""
 
+import copy
+import functools
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
-from report import documents, figures, results, tables
+from report import benchmark, documents, figures, parts, results, tables
 
 SCHEDULES = {"linear": (2, 0.1), "full": (2, 0.1), "towers": (3, 1e-5)}
 SETTINGS = {
@@ -359,3 +363,75 @@ def test_notes_stand_above_their_tables_and_what_is_indented_is_folded(tmp_path,
     assert places == sorted(places)
     assert text.count("<details>") == text.count("</details>") == 3 and "TerraIncognita" in text
     assert len(re.findall(r"^\| ldfs \| 1.0 \|$", text, re.M)) == 4
+
+
+# -------------------------------------------------------------------------------------------------
+# Benchmark
+
+
+@pytest.fixture
+def bench(tiny_clip):
+    """A Clip, a head and a Batch as the benchmark has them, tiny."""
+    torch.manual_seed(0)
+    clip = benchmark.new_clip(tiny_clip, torch.device("cpu"))
+    return clip, torch.nn.Linear(32, 3), benchmark.new_batch(clip, 6, 3)
+
+
+@pytest.mark.parametrize("method", benchmark.PEERS)
+def test_peers_take_the_steps_that_we_take(method, bench):
+    """Of the same losses, and from the same weights: they differ in speed alone."""
+    clip, head, batch = bench
+    losses = []
+    for new in (benchmark.our_step, benchmark.peer_step):
+        own = replace(clip, model=copy.deepcopy(clip.model)), copy.deepcopy(head)
+        step = new(method, *own, benchmark.only(method, batch))
+        losses.append([step() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] > losses[0][2]
+
+
+def test_what_a_gpu_would_show(bench, monkeypatch):
+    """On a CPU that is said to be one: FLOPs over the time and the peak that NVIDIA names."""
+    clip, head, batch = bench
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9)
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    monkeypatch.setattr(benchmark, "captioning", lambda *of: lambda: None)
+    monkeypatch.setattr(benchmark, "timer", iter(range(100)).__next__)  # a second for each step
+    monkeypatch.setitem(benchmark.PEAK, "H100", 1e6)
+    rows = benchmark.on_a_gpu("NVIDIA H100 80GB", clip, head, batch, 4, 1)
+    assert [row["what"] for row in rows][:2] == ["finetune", "finetune, compiled"] and len(rows) == 7
+    assert all(row["images/s"] == 6 and row["peak memory, GB"] == 5 for row in rows[:-1])
+    finetune, flyp, arf, captions = (row["MFU"] for row in (*rows[:6:2], rows[-1]))
+    assert captions is None and 0 < finetune < flyp
+    assert 1.9 < arf / flyp < 3  # images twice, texts three times
+
+
+def test_the_benchmark_prints_tables_and_writes_them(tiny_clip, tmp_path, script, monkeypatch):
+    monkeypatch.setattr(parts, "mappers", functools.partial(parts.mappers, n=20, d=16, classes=4))
+    small = functools.partial(parts.searching, queries=5, pool=40, d=16, k=2)
+    monkeypatch.setattr(parts, "searching", small)
+    first = {"images": 300, "classes": 10, "targets": 1, "pool": 100}
+    monkeypatch.setattr(parts, "growth", functools.partial(parts.growth, first=first))
+    out = tmp_path / "new" / "benchmark.json"
+    flags = ["--batch-size", 4, "--classes", 3, "--rounds", 1, "--growth", "--out", out]
+    done = script("report/benchmark.py", "--model", tiny_clip, *flags)
+    record = json.loads(out.read_text())
+    assert (record["device"], record["clock"], record["batch"]) == ("CPU", "CPU time", 4)
+    found = record["tables"]
+    assert len(found) == 7 and all(f"{title}:" in done.stdout for title in found)
+    differences = [row["difference of the loss"] for title in [*found][:4:2] for row in found[title]]
+    assert len(differences) == 3 + 7 and sum(d is not None for d in differences) == 3 + 2
+    assert max(d for d in differences if d is not None) < 1e-5
+    assert {row["images/s"] for row in found["on a GPU"]} == {"not run"}
+    assert all(0 < row["share of loading"] < 1 for row in found["loading of images"])
+    grows = {row["what"]: row["point 3"] for row in found["how costs grow, size: ms (CPU)"]}
+    assert all(text.startswith(f"{8 * first[what]}: ") for what, text in grows.items())
+
+
+def test_the_median_of_calls_that_take_turns():
+    order, ticks = [], iter([0, 5, 5, 6, 6, 7, 7, 10, 10, 12, 12, 13])
+    calls = {name: lambda name=name: order.append(name) or name for name in "ab"}
+    found = parts.medians(calls, 3, lambda: next(ticks))
+    assert "".join(order) == "ab" + "ababab"  # once to warm up
+    assert found == {"a": (2, "a"), "b": (1, "b")}
