@@ -185,15 +185,18 @@ def merge(found, k):
     return scores, ids
 
 
-def search_shard(clip, shard, folder, queries, k):
-    """`search` in one shard, cached in `folder`, and the shard's length: a part for `merge`."""
+def search_shard(clip, shard, folder, queries, k, hashed):
+    """`search` in one shard, cached in `folder`, and the shard's length: a part for `merge`.
+
+    hashed: short_hash(queries), which takes a while of many.
+    """
 
     def find():
         z = embed(clip, shard, folder)["z"]
         scores, ids = search(queries, [z], k)
         return scores, ids.int(), len(z)
 
-    key = short_hash(clip.fingerprint, stamps([shard]), short_hash(queries), k)
+    key = short_hash(clip.fingerprint, stamps([shard]), hashed, k)
     return utils.cached(folder / f"found-{shard.stem}-{key}.pt", find)
 
 
@@ -216,8 +219,9 @@ def retrieve(config, dataset):
     shards, (rank, world) = shards_of(config, dataset.meta), ranks()
     clip, cache = features.load_clip(config), config.run.parent / ".features"
     names, queries = first_alone(lambda: queries_of(config, dataset, clip))
+    hashed = short_hash(queries)
     for shard in tqdm(shards[rank::world], desc="searching the pool", disable=rank > 0):
-        search_shard(clip, shard, cache, queries, config.k)
+        search_shard(clip, shard, cache, queries, config.k, hashed)
     barrier()
     if rank > 0:
         return
@@ -231,7 +235,7 @@ def retrieve(config, dataset):
     if path.exists() and config_hash in path.open(errors="replace").readline():
         return print(f"{path} is there already")
 
-    parts = (search_shard(clip, shard, cache, queries, config.k) for shard in shards)
+    parts = (search_shard(clip, shard, cache, queries, config.k, hashed) for shard in shards)
     scores, ids = merge(parts, config.k)
     found = {}  # id in the pool: {query: score}
     for name, some_scores, some_ids in zip(names, scores.tolist(), ids.tolist()):

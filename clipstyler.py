@@ -127,7 +127,10 @@ def main():
     clip, source, phrases, table = load_clip(config), config.source, dataset.meta.phrases, {}
     text = dict(zip(phrases, encode_texts(clip, [*phrases.values()])))
     pixels, shown = pixels_of(clip)[0], dataset.split(source, source, "test", 0)[::30][:10]
-    pictures = {source: torch.stack([pixels(location.open()) for location, _ in shown])}
+    if not shown:
+        fail(f"no image of {dataset.name}'s {source} is left to test on; add some.")
+    [(images, _)] = image_batches(shown, pixels, in_order(len(shown), 10), torch.device("cpu"))
+    pictures = {source: images}
     jobs = [(seed, domain) for seed in range(config.seeds) for domain in dataset.styles(source)]
     for seed, domain in tqdm(jobs, desc="style networks", unit="network", leave=False):
         train, delta_t = dataset.split(source, source, "train", seed), text[domain] - text[source]

@@ -129,12 +129,12 @@ def flags(doc):
         "with full, lpft), or at random (linear)")
     add("--unlocked-groups", type=number(int, -1), metavar="N",
         help="train only the image tower's last N groups of layers (default: all)")
-    add("--lock-text", action="store_true", help="flyp, arf: only the image tower is trained")
+    add("--lock-text", action="store_true", help="flyp, arf, towers: train only the image tower")
     add("--epochs", type=count, help="passes over the training images (default: SCHEDULES)")
     add("--batch-size", type=count, help="images a step (default: SCHEDULES)")
     add("--micro-batch", type=count, metavar="N", help="images and texts that a tower encodes at a "
-        "time; the rest is computed again in the backward pass: less memory, about a third slower "
-        "(default: all)")
+        "time (maple: images); the rest is computed again in the backward pass: less memory, about "
+        "a third slower (default: all)")
     add("--lr", type=amount, help="peak learning rate (default: SCHEDULES)")
     add("--lambda-cap", type=amount, default=1.0, help="weight of ARF's caption loss (default: 1)")
     add("--lambda-ret", type=amount, default=1.0, help="weight of its loss on pairs (default: 1)")

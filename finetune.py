@@ -157,7 +157,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
 
 def main():
     config, dataset = parse(__doc__)
-    rank, _ = ranks()
+    rank, world = ranks()
     clip = load_clip(config)
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
     jobs = [(seed, name) for seed in range(config.seeds) for name in config.methods]
@@ -173,7 +173,8 @@ def main():
                 raise
             train = config.methods[name].train
             size = config.schedules[train].batch_size
-            micro = 0 if train in CACHED else (config.micro_batch or size) // 4
+            micro = min(config.micro_batch or size, -(-size // world)) // 4
+            micro = 0 if train in CACHED else micro
             remedy = f"--micro-batch {micro}" if micro else "a smaller --batch-size"
             fail(f"{name}: out of memory at batch size {size}. Say {remedy}; the rest is kept.")
     leave()

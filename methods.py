@@ -7,7 +7,7 @@
     lpft                  the image tower finetuned from a trained linear probe
     flyp                  CLIP's contrastive loss on class prompts instead; trains both towers
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
-    coop, cocoop, maple   a prompt; one that each image shifts; prompts in all layers of both towers
+    coop, cocoop, maple   a prompt; one that each image shifts; prompts deep in both towers
     clipood               the image tower, by a margin softmax, its weights averaged
     coop+ldfs, clipood+lads, arf+ldfs             … and on LDFS's or LADS's features
 """

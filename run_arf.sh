@@ -14,5 +14,8 @@ case " $* " in *" -h "* | *" --help "*) exec python3 "$root/finetune.py" --help 
 python3 "$root/anchors.py" retrieve --paper arf "$@"   # image-text pairs: runs/…/retrieved.jsonl
 python3 "$root/anchors.py" caption --paper arf "$@"    # captions.jsonl beside the images
 python3 "$root/mapper.py" --paper arf "$@"             # LDFS's features, where a method takes them: runs/…/mappers/
+if [[ "$*" == *clipstyler* ]]; then                    # only where asked for
+  python3 "$root/clipstyler.py" --paper arf "$@"       # a baseline on images: runs/…/mappers/, clipstyler.png
+fi
 python3 "$root/finetune.py" --paper arf "$@"           # runs/…/checkpoints/
 python3 "$root/evaluate.py" --paper arf "$@"           # runs/…/results.jsonl, table.md, curve.png, figure5.png

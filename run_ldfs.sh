@@ -13,7 +13,8 @@ case " $* " in *" -h "* | *" --help "*) exec python3 "$root/finetune.py" --help 
 
 python3 "$root/anchors.py" caption "$@"     # a caption for every source image: captions.jsonl beside them
 python3 "$root/mapper.py" "$@"              # step 1: runs/…/mappers/
-[[ "$*" == *clipstyler* ]] &&               # only where asked for: to import PyTorch takes seconds
-python3 "$root/clipstyler.py" "$@"          # a baseline on images: runs/…/mappers/, clipstyler.png
+if [[ "$*" == *clipstyler* ]]; then         # only where asked for: to import PyTorch takes seconds
+  python3 "$root/clipstyler.py" "$@"        # a baseline on images: runs/…/mappers/, clipstyler.png
+fi
 python3 "$root/finetune.py" "$@"            # step 2: runs/…/checkpoints/
 python3 "$root/evaluate.py" "$@"            # runs/…/results.jsonl, table.md, figure4.png

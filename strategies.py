@@ -125,9 +125,9 @@ class CLIPood(Learner):
         self.towers = clip.model
         unlock(self.towers.visual, self.towers, unlocked_groups)
         alpha = beta_weights(steps)
-        share = (alpha / alpha.cumsum(0)).float().to(clip.device)       # of θ_t among θ_0 … θ_t
+        weight_of = (alpha / alpha.cumsum(0)).float().to(clip.device)   # of θ_t among θ_0 … θ_t
         self.average = AveragedModel(
-            self.towers.visual, avg_fn=lambda mean, theta, t: mean.lerp(theta, share[t])
+            self.towers.visual, avg_fn=lambda mean, theta, t: mean.lerp(theta, weight_of[t])
         ).requires_grad_(False)
         self.after_step()                                                                  # θ_0
 

@@ -28,7 +28,7 @@ from finetune import ce_step, contrastive_step
 from report import parts, peers
 from report.parts import against, medians
 from report.tables import markdown
-from utils import write_atomically
+from utils import fail, one_line, write_atomically
 
 PEERS = {"finetune": "WiSE-FT's", "flyp": "FLYP's", "arf": "three forwards"}
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense, FLOP/s, as NVIDIA says
@@ -46,11 +46,15 @@ def only(method, batch):
 
 def new_clip(name, device):
     """A Clip as features.load_clip makes it, but of random weights where they lie on the hub."""
-    model, augment, preprocess = open_clip.create_model_and_transforms(
-        name, device=device, aug_cfg={"scale": (0.9, 1.0)}
-    )
+    try:
+        model, augment, preprocess = open_clip.create_model_and_transforms(
+            name, device=device, aug_cfg={"scale": (0.9, 1.0)}
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # whatever the hub or a bad config raises
+        fail(f"--model {name}: {one_line(error)}. Name one of open_clip's, or local-dir:PATH.")
     model.to(memory_format=torch.channels_last).eval()  # peers, too: batch normalisation differs
-    return Clip(model, preprocess, augment, open_clip.get_tokenizer(name), device, name)
+    return Clip(model, preprocess, augment, tokenizer, device, name)
 
 
 def new_batch(clip, n, classes):

@@ -176,7 +176,11 @@ def draw_strategies(rows, path):
     """Strategies in the plane of ID and OOD mean, and arrows to where synthesised features bring
     them.
     """
+    if len({row["block"] for row in rows if row["measure"] == "accuracy"}) > 1:
+        fail("strategies are drawn of runs with the same flags: name one of them.")
     points = means_of(rows).droplevel("lr").xs(1, level="alpha")
+    if not {"ID", "OOD mean"} <= {*points.columns}:
+        fail("there is no other domain to draw.")
     figure = Figure(figsize=(7, 5.5))
     axis = figure.subplots()
     start = points.loc["zero-shot"]

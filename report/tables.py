@@ -76,7 +76,7 @@ def compare(rows):
     compared = {}  # heading: (domain, method; None: the same without its recipe)
     short = {source: "ID", "OOD mean": "OOD", "unseen mean": "unseen"}
     short = {domain: name for domain, name in short.items() if domain in domains}
-    if sum(without(name) in names for name in names) > 1:
+    if len({without(name) for name in names} & names) > 1:
         compared = {f"{name}, with less without": (d, None) for d, name in short.items()}
     elif "flyp" in names:
         compared = {f"{name} less flyp": (d, "flyp") for d, name in short.items()}

@@ -21,7 +21,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, where th
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"cat": (220, 60, 60), "dog": (60, 200, 60), "red_house": (60, 60, 220)}
 DOMAINS = {"photo": "a photo", "sketch": "a sketch", "cartoon": "a cartoon"}
-STAGE = r'^python3 \S*?(\w+\.py)"? (.*)"\$@"'  # a line of a run script
+STAGE = r'^ *python3 \S*?(\w+\.py)"? (.*)"\$@"'  # a line of a run script
 
 
 @pytest.fixture

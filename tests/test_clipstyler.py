@@ -178,8 +178,9 @@ def test_a_stage_that_is_not_asked_for_loads_no_clip(script, tiny_data, stage, m
     assert done.stdout == done.stderr == ""
 
 
-def test_the_run_script_starts_it_only_where_it_is_asked_for():
-    line = re.search(r'^\[\[.+\n.+clipstyler\.py.+$', (ROOT / "run_ldfs.sh").read_text(), re.M)[0]
+@pytest.mark.parametrize("name", ["run_ldfs.sh", "run_arf.sh"])
+def test_the_run_scripts_start_it_only_where_it_is_asked_for(name):
+    line = re.search(r"^if \[\[.+\n.+clipstyler\.py.+\nfi$", (ROOT / name).read_text(), re.M)[0]
     code = f'set -euo pipefail; root=.; python3() {{ echo "$1"; }}\n{line}\necho next'
     for arguments, says in (
         (["emoji", "3d"], "next\n"),
