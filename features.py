@@ -149,9 +149,12 @@ def damaged_copy(repository):
 
     folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")
     for path in folder.glob("?" * 64):
+        sha = hashlib.sha256()
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
-                return f"Delete {path}, which is damaged, and it is fetched again."
+            for chunk in iter(lambda: file.read(2**20), b""):
+                sha.update(chunk)
+        if sha.hexdigest() != path.name:
+            return f"Delete {path}, which is damaged, and it is fetched again."
     return ""
 
 
