@@ -133,8 +133,7 @@ def flags(doc):
     add("--epochs", type=count, help="passes over the training images (default: SCHEDULES)")
     add("--batch-size", type=count, help="images a step (default: SCHEDULES)")
     add("--micro-batch", type=count, metavar="N", help="images and texts that a tower encodes at a "
-        "time (maple: images); the rest is computed again in the backward pass: less memory, about "
-        "a third slower (default: all)")
+        "time, computed again in the backward pass: less memory, a third slower (default: all)")
     add("--lr", type=amount, help="peak learning rate (default: SCHEDULES)")
     add("--lambda-cap", type=amount, default=1.0, help="weight of ARF's caption loss (default: 1)")
     add("--lambda-ret", type=amount, default=1.0, help="weight of its loss on pairs (default: 1)")

@@ -23,7 +23,7 @@ from config import parse
 from distributed import first_alone, gathered, leave, ranks
 from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
-from mapper import load_mapper, load_styled
+from mapper import load_synthesiser
 from methods import CACHED
 from prompts import PROMPTS
 from strategies import CLIPood, Contrastive, Full, Linear, Towers
@@ -103,14 +103,10 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     scratch = torch.randn(class_text.shape, generator=generator) / class_text.shape[1] ** 0.5
     init = init or config.init or ("scratch" if method.train in CACHED else "text")
     start = class_text if init == "text" else scratch                  # rows of about unit norm
-    mappers, styled = [], []  # of each target: M_k; or, of CLIPstyler's images, the features
-    for domain in dataset.styles(config.source) if method.recipe else ():
-        if method.recipe == "clipstyler":
-            styled.append(load_styled(config, dataset, clip, domain, seed, items))
-        else:
-            mappers.append(load_mapper(
-                config, method.recipe, domain, seed, clip.fingerprint, clip.device
-            ))
+    mappers = [
+        load_synthesiser(config, dataset, clip, method.recipe, domain, seed, items)
+        for domain in (dataset.styles(config.source) if method.recipe else ())
+    ]
     if method.train == "lpft":  # the probe is trained first: LP-FT (arXiv 2202.10054)
         linear = replace(method, train="linear")
         probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed, init)
@@ -124,7 +120,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     if method.train in CACHED:  # nothing moves: z, ẑ^1 … ẑ^K are made once, (K + 1, N, d)
         z = first_alone(lambda: cached_features(clip, dataset, config.source, config.run))(items)
         z = z.to(clip.device)
-        z_all = torch.stack([z, *(mapper(z) for mapper in mappers), *styled])
+        z_all = torch.stack([z, *(mapper(z) for mapper in mappers)])
     if method.train == "linear":
         learner = Linear(ce_step, clip, start)
     elif method.train in PROMPTS:
@@ -145,7 +141,7 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     config_hash = short_hash(
         config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
         [stamp[1:] for stamp in stamps(retrieved)],  # wherever the pool lies
-        [p for mapper in mappers for p in mapper.parameters()] + styled, classnames,
+        [p for mapper in mappers for p in mapper.parameters()], classnames,
         [template(classnames[0]) for template in templates],
         data.class_texts(dataset, config.source),
     )
@@ -174,7 +170,7 @@ def main():
             train = config.methods[name].train
             size = config.schedules[train].batch_size
             micro = min(config.micro_batch or size, -(-size // world)) // 4
-            micro = 0 if train in CACHED else micro
+            micro = 0 if train == "linear" else micro
             remedy = f"--micro-batch {micro}" if micro else "a smaller --batch-size"
             fail(f"{name}: out of memory at batch size {size}. Say {remedy}; the rest is kept.")
     leave()

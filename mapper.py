@@ -196,6 +196,24 @@ def load_styled(config, dataset, clip, domain, seed, items):
     return z[[row[location] for location, _ in items]]
 
 
+class Repainted(nn.Module):
+    """In a mapper's place: ẑ, (N, d), of N images that were repainted before they were encoded."""
+
+    def __init__(self, z_hat):
+        super().__init__()
+        self.z_hat = nn.Parameter(z_hat, requires_grad=False)
+
+    def forward(self, z):
+        return self.z_hat
+
+
+def load_synthesiser(config, dataset, clip, recipe_name, domain, seed, items):
+    """What makes ẑ^k of z, both (N, d), of the source's `items`, frozen: M_k, or CLIPstyler's."""
+    if recipe_name == "clipstyler":
+        return Repainted(load_styled(config, dataset, clip, domain, seed, items))
+    return load_mapper(config, recipe_name, domain, seed, clip.fingerprint, clip.device)
+
+
 def record(config, table, n):
     """Append and print {(recipe, target): `statistics` of every seed}, over n training images."""
     results.append(config, [

@@ -9,9 +9,7 @@ import contextlib
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from features import autocast
 from strategies import Learner
 from utils import fail
 
@@ -68,23 +66,31 @@ class CoOp(Learner):
         """t: (N, d), unit norm, of prompts (N, L), with vectors (M, width) or (N, M, width)."""
         # a causal tower does not look behind the end of a text: what is padding in all is left out
         end = (tokens != tokens[:, -1:]).any(0).nonzero().max().item() + 2
-
-        def words(module, args, embedded):  # (N, L, width): start, V₁ … V_M, class, end
-            return put(embedded, vectors, self.first)
+        text, tokens = text_tower(self.clip), tokens.to(self.clip.device)
 
         def crop(module, args, kwargs):
             mask = kwargs.get("attn_mask")
             if mask is not None and mask.ndim == 2:
                 return (args[0][:, :end],), {**kwargs, "attn_mask": mask[:end, :end]}
 
-        text = text_tower(self.clip)
-        with (
-            text.token_embedding.register_forward_hook(words),
-            text.transformer.register_forward_pre_hook(crop, with_kwargs=True),
-            autocast(self.clip.device),
-        ):
-            t = self.clip.model.encode_text(tokens.to(self.clip.device))
-        return F.normalize(t.float(), dim=-1)
+        def tower(rows):  # with its hooks, for micro-batches are computed again
+            each = vectors[rows] if vectors.ndim == 3 else vectors
+
+            def words(module, args, embedded):  # (N, L, width): start, V₁ … V_M, class, end
+                return put(embedded, each, self.first)
+
+            with (
+                text.token_embedding.register_forward_hook(words),
+                text.transformer.register_forward_pre_hook(crop, with_kwargs=True),
+                self.deeper(text),
+            ):
+                return self.clip.model.encode_text(tokens[rows])
+
+        return self.clip.encode(tower, torch.arange(len(tokens), device=self.clip.device))
+
+    def deeper(self, text):
+        """A context within which the text tower has prompts in deeper layers, too: here, none."""
+        return contextlib.nullcontext()
 
     def prompted(self):
         """A context within which clip.encode_image has the image tower's prompts: here, none."""
@@ -196,8 +202,10 @@ class MaPLe(CoOp):
         return torch.cat([words[None], deeper.to(clip.device)])
 
     def encode(self, vectors, tokens):
-        with deep(text_tower(self.clip).transformer.resblocks[1:], vectors[1:], self.first):
-            return super().encode(vectors[0], tokens)
+        return super().encode(vectors[0], tokens)
+
+    def deeper(self, text):
+        return deep(text.transformer.resblocks[1:], self.vectors[1:], self.first)
 
     def prompted(self):
         visual = self.clip.model.visual

@@ -8,7 +8,7 @@ import torch
 import data
 from batches import read_retrieved
 from features import encode_texts
-from mapper import load_mapper, load_styled
+from mapper import load_synthesiser
 from methods import recipes_of
 from report import figures, results
 
@@ -30,9 +30,8 @@ def consistency(z_hat, labels, target, source):
     per cent whose nearest image of the target domain has their class. Unique: how many different
     images those are, in per cent of B.
     Source: LADS.
-    CHOICE: held-out source images, and real test
-    images of these two domains alone, so that nothing a mapper was trained on is judged;
-    alternative: training images, all domains' images.
+    CHOICE: held-out source images, and real test images of these two domains alone, so that nothing
+    a mapper was trained on is judged; alternative: training images, all domains' images.
     """
     nearest = neighbours(z_hat, target[0])
     both = neighbours(z_hat, torch.cat([target[0], source[0]]))
@@ -61,11 +60,9 @@ def figure4(config, dataset, clip, cached):
         for domain in styles:
             for name in ["not mapped", *recipes]:
                 z_hat = z
-                if name == "clipstyler":
-                    z_hat = load_styled(config, dataset, clip, domain, seed, items[source]).cpu()
-                elif name in recipes:
-                    z_hat = load_mapper(config, name, domain, seed, clip.fingerprint)(z)
                 if name in recipes:
+                    of = config, dataset, clip, name, domain, seed, items[source]
+                    z_hat = load_synthesiser(*of)(z.to(clip.device)).cpu()
                     nearest = neighbours(z_hat[pick], real[domain][0]).tolist()
                     found = [items[domain][j] for j in nearest]
                     lost = [(place, y != labels[i].item()) for i, (place, y) in zip(pick, found)]

@@ -107,13 +107,13 @@ def test_figure_4_measures_each_domain_by_its_own_images(tiny_data, tmp_path, mo
     def cached(one, domain, items):
         return torch.eye(9)[[3 * domains.index(domain) + label for _, label in items]]
 
-    def load_mapper(run, name, domain, seed, fingerprint):
+    def load_synthesiser(config, dataset, clip, name, domain, seed, items):
         return lambda z: z.roll(3 * (domain == "sketch"), 1)
 
-    monkeypatch.setattr(quality, "load_mapper", load_mapper)
+    monkeypatch.setattr(quality, "load_synthesiser", load_synthesiser)
     monkeypatch.setattr(quality.figures, "draw_figure4", lambda path, rows: None)
     monkeypatch.setattr(quality.results, "append", lambda config, rows: found.extend(rows))
-    quality.figure4(settings, dataset, SimpleNamespace(fingerprint=""), cached)
+    quality.figure4(settings, dataset, SimpleNamespace(device="cpu"), cached)
     got = {(r["method"], r["domain"], r["measure"]): r["value"] for r in found}
     assert got["ldfs", "sketch", "domain consistency"] == got["ldfs", "sketch", "class consistency"] == 100
     assert got["ldfs", "cartoon", "domain consistency"] == 0

@@ -68,12 +68,12 @@ def world(tiny_data, tiny_clip, tmp_path):
 
 
 def mapper_of(monkeypatch, nan=False):
-    """One frozen mapper stands for all that load_mapper gives."""
+    """One frozen mapper stands for all that load_synthesiser gives."""
     torch.manual_seed(0)
     frozen = Mapper(32).requires_grad_(False)
     if nan:
         frozen.net[0].weight.data.fill_(float("nan"))
-    monkeypatch.setattr(finetune, "load_mapper", lambda *args: frozen)
+    monkeypatch.setattr(finetune, "load_synthesiser", lambda *args: frozen)
     return frozen
 
 
@@ -216,7 +216,7 @@ def test_ce_step_is_the_sum_over_original_and_synthesised():
 
 def test_a_seed_takes_its_own_mappers_of_all_targets(world, monkeypatch):
     frozen, asked = mapper_of(monkeypatch), []
-    monkeypatch.setattr(finetune, "load_mapper", lambda *args: asked.append(args[1:4]) or frozen)
+    monkeypatch.setattr(finetune, "load_synthesiser", lambda *args: asked.append(args[3:6]) or frozen)
     world.run("ldfs", seed=1)
     assert asked == [("ldfs", "sketch", 1), ("ldfs", "cartoon", 1)]
 
@@ -389,7 +389,7 @@ def test_arfs_joint_forward_and_micro_batches_are_exact(world):
         assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("train, share", [("towers", 0.1), ("maple", 0.5)])
+@pytest.mark.parametrize("train, share", [("towers", 0.1), ("coop", 0.2), ("cocoop", 0.2), ("maple", 0.2)])
 def test_with_micro_batches_cross_entropy_is_the_same_and_less_is_kept(world, train, share):
     """Kept: what autograd saves, where of chunks it saves nothing but the pixels."""
     kept = []
@@ -400,6 +400,7 @@ def test_with_micro_batches_cross_entropy_is_the_same_and_less_is_kept(world, tr
 
     def loss():
         batch = arf_batch(world.clip, 9)
+        batch.z = world.clip.encode_image(batch.images).detach()[None]
         of = {"towers": lambda: strategies.Towers(ce_step, world.clip, (), world.cfg, world.dataset)}
         learner = of.get(train, lambda: prompt(world, train))()
         kept.append(0)
@@ -411,7 +412,7 @@ def test_with_micro_batches_cross_entropy_is_the_same_and_less_is_kept(world, tr
     assert 0 < kept[1] < share * kept[0]
 
 
-@pytest.mark.parametrize("train, says", [("towers", "--micro-batch 2;"), ("linear", "a smaller --batch-size;")])
+@pytest.mark.parametrize("train, says", [("towers", "--micro-batch 2;"), ("cocoop", "--micro-batch 2;"), ("linear", "a smaller --batch-size;")])
 def test_out_of_memory_is_one_line_with_a_remedy(world, monkeypatch, capsys, train, says):
     def run(*args):
         torch.empty(10**15)
