@@ -10,6 +10,7 @@ can be killed at any moment: they go on where they stopped.
 
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -45,12 +46,10 @@ def caption_images(model, processor, images, prompt="", beams=5, max_tokens=30):
     """
     text = prompt
     if getattr(processor, "chat_template", None):  # LLaVA's kind wants its own words around both
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        chat = [{"role": "user", "content": content}]
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    texts = [text] * len(images)
-    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
+    batch = {"images": images, "text": [text] * len(images)}
+    inputs = processor(**batch, padding=True, return_tensors="pt").to(model.device, model.dtype)
     out = model.generate(**inputs, num_beams=beams, max_new_tokens=max_tokens, do_sample=False)
     asked = inputs["input_ids"]                                                     # (B, L)
     if out.shape[1] >= asked.shape[1] and torch.equal(out[:, :asked.shape[1]], asked):
@@ -65,7 +64,7 @@ def repeats_itself(caption):
 
 
 def caption(config, dataset):
-    """Caption each image of the source that has no caption yet, or none by the captioner named."""
+    """Caption the source's images that have none, changed since, or have another captioner's."""
     if not any(method.needs_captions for method in config.methods.values()):
         return
     path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
@@ -74,11 +73,12 @@ def caption(config, dataset):
     by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
     items, (rank, world) = dataset.trainable(config.source), ranks()
 
-    def stays(row):  # people's captions, which have no "by", always do
-        return row["caption"] and (not config.captioner or row.get("by", by) == by)
+    def stays(location, row):  # people's captions, which have neither "by" nor "bytes", always do
+        its_own = row.get("bytes") in (None, os.path.getsize(location.file))  # of today's image
+        return row["caption"] and its_own and (not config.captioner or row.get("by", by) == by)
 
-    done = {image for image, row in data.read_rows(path)[0].items() if stays(row)}
-    todo = [item for item in items[rank::world] if item[0].path not in done]
+    empty, there = {"caption": ""}, data.read_rows(path)[0]
+    todo = [(x, y) for x, y in items[rank::world] if not stays(x, there.get(x.path, empty))]
     if todo:
         part = path.with_name(f".{path.name}.part{time.time_ns()}-{rank}")
         write_captions(config, todo, data.class_texts(dataset, config.source), name, by, part)
@@ -119,6 +119,7 @@ def write_captions(config, items, class_prompts, name, by, part):
             texts = caption_images(model, processor, images, *decoding)
             for (location, label), text in zip(batch, texts):
                 row = {"path": location.path, "caption": text, "by": by}
+                row["bytes"] = os.path.getsize(location.file)
                 if not text or repeats_itself(text):
                     # CHOICE: the class prompt in place of a caption that says nothing;
                     # alternative: leave the image out
@@ -187,7 +188,6 @@ def merge(found, k):
 
 def search_shard(clip, shard, folder, queries, k, hashed):
     """`search` in one shard, cached in `folder`, and the shard's length: a part for `merge`.
-
     hashed: short_hash(queries), which takes a while of many.
     """
 
@@ -241,8 +241,8 @@ def retrieve(config, dataset):
     for name, some_scores, some_ids in zip(names, scores.tolist(), ids.tolist()):
         for score, i in zip(some_scores, some_ids):
             found.setdefault(i, {})[name] = round(score, 4)
-    parts = ((shard, embed(clip, shard, cache)) for shard in shards)
-    pairs, counts = choose(found, parts, bench, config.same)
+    embedded = ((shard, embed(clip, shard, cache)) for shard in shards)
+    pairs, counts = choose(found, embedded, bench, config.same)
     said = ", ".join(f"{n} {name}" for name, n in counts.items())
     if not pairs:
         fail(f"the pool gives no pair to train on ({said}). Name another --pool, or a larger --k.")

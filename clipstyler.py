@@ -13,9 +13,9 @@ from tqdm import tqdm
 from batches import image_batches, in_order
 from config import parse
 from features import autocast, cached_features, encode_texts, load_clip
-from mapper import load_styled, record, statistics, style_path
+from mapper import load_styled, statistics, style_path
 from methods import recipes_of
-from report import figures
+from report import figures, results
 from utils import cached, fail, only_one_process
 
 # CHOICE: the public code's weights and τ, but λ_c = 500 for another L_c: in sketches of source
@@ -146,7 +146,7 @@ def main():
         numbers = statistics(lambda _: z_hat, z, *texts, 0)
         del numbers["spread"], numbers["noise"]  # of one Δt both are 1
         table.setdefault(("clipstyler", domain), []).append(numbers)
-    record(config, table, len(train))
+    results.append_statistics(config, table, len(train))
     figures.draw_styles(config.run / "clipstyler.png", pictures)
 
 

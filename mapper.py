@@ -214,21 +214,6 @@ def load_synthesiser(config, dataset, clip, recipe_name, domain, seed, items):
     return load_mapper(config, recipe_name, domain, seed, clip.fingerprint, clip.device)
 
 
-def record(config, table, n):
-    """Append and print {(recipe, target): `statistics` of every seed}, over n training images."""
-    results.append(config, [
-        {"method": name, "domain": domain, "measure": measure, "value": value, "n": n,
-         "seed": seed, "split": "train"}
-        for (name, domain), runs in table.items() for seed, numbers in enumerate(runs)
-        for measure, value in numbers.items()
-    ])
-    measures = next(iter(table.values()))[0]
-    print(f"{'recipe':28}{'target':16}" + "".join(f"{measure:>9}" for measure in measures))
-    for (name, domain), runs in table.items():
-        means = [sum(numbers[m] for numbers in runs) / len(runs) for m in measures]
-        print(f"{name:28}{domain:16}" + "".join(f"{mean:9.3f}" for mean in means))
-
-
 def main():
     config, dataset = parse(__doc__)
     only_one_process("mapper.py", "takes one process: run it without torchrun")
@@ -303,7 +288,7 @@ def main():
             write_atomically(path, lambda part: torch.save(state, part))
         table.setdefault((name, domain), []).append(state["statistics"])
 
-    record(config, table, len(splits[-1]["train"]))
+    results.append_statistics(config, table, len(splits[-1]["train"]))
 
 
 if __name__ == "__main__":

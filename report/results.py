@@ -66,6 +66,21 @@ def append(config, new):
         write_atomically(path, lambda part: part.write_text(text))
 
 
+def append_statistics(config, table, n):
+    """Append and print {(recipe, target): mapper.py's statistics of each seed}, of n images."""
+    append(config, [
+        {"method": name, "domain": domain, "measure": measure, "value": value, "n": n,
+         "seed": seed, "split": "train"}
+        for (name, domain), runs in table.items() for seed, numbers in enumerate(runs)
+        for measure, value in numbers.items()
+    ])
+    measures = next(iter(table.values()))[0]
+    print(f"{'recipe':28}{'target':16}" + "".join(f"{measure:>9}" for measure in measures))
+    for (name, domain), runs in table.items():
+        means = [sum(numbers[m] for numbers in runs) / len(runs) for m in measures]
+        print(f"{name:28}{domain:16}" + "".join(f"{mean:9.3f}" for mean in means))
+
+
 def settings_of(run):
     """{id: settings} of the folder `run`."""
     path = Path(run) / "config.json"

@@ -162,6 +162,21 @@ def test_captions_of_other_origin_stay_and_another_captioners_are_made_again(
     assert "27 not by a captioner" in capsys.readouterr().out
 
 
+def test_an_image_that_changes_is_captioned_anew(tiny_data, tiny_blip2, monkeypatch):
+    """… but for a caption that people wrote."""
+    path, images = tiny_data / "tiny" / "captions.jsonl", tiny_data / "tiny" / "photo" / "dog"
+    people = captions_of(tiny_data)["photo/dog/1.png"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    data.write_rows(path, [row for row in rows if row["path"] == "photo/dog/1.png"])
+    for word in ("first", "second"):
+        monkeypatch.setattr(anchors, "caption_images", lambda m, p, images, *_, w=word: [w] * len(images))
+        call(monkeypatch, "caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2)
+        for name in ("1.png", "2.png"):
+            (images / name).write_bytes(square(200, 40))
+    new = {path for path, caption in captions_of(tiny_data).items() if caption == "second"}
+    assert new == {"photo/dog/2.png"} and captions_of(tiny_data)["photo/dog/1.png"] == people
+
+
 def test_without_a_captioner_asked_for_all_captions_stay(tiny_data, monkeypatch, capsys):
     path = tiny_data / "tiny" / "captions.jsonl"
     before = path.read_text().replace('"}', '", "by": "a better captioner, beam 9"}')

@@ -113,7 +113,7 @@ def test_captions_on_a_full_disk_are_kept_up_to_the_last_line(
     captions = config, items, ["a thing"] * 3, "a captioner", "a captioner", part
     said = refusal(capsys, full_disk, anchors.write_captions, *captions)
     assert f"{part}: could not be written" in said
-    assert 3 < len(data.read_rows(path)[0]) < 6
+    assert 1 < len(data.read_rows(path)[0]) < 6
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, capsys):
