@@ -116,6 +116,8 @@ def test_features_come_in_the_order_asked_for(tiny_data, tmp_path, capsys):
     path.parent.mkdir()
     torch.save({"z": torch.arange(30)}, path)
     assert load(items[::-3]).tolist() == list(range(29, -1, -3))
+    as_a_mapper = mapper.load_synthesiser(cfg, dataset, clip, "clipstyler", "sketch", 0, items)
+    assert as_a_mapper(torch.zeros(30)).tolist() == list(range(30))
     path.write_bytes(b"half")
     with pytest.raises(SystemExit):
         load(items)
