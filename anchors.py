@@ -64,7 +64,7 @@ def repeats_itself(caption):
 
 
 def caption(config, dataset):
-    """Caption the source's images that have none, changed since, or have another captioner's."""
+    """Caption the source's images that lack one: as they are now, by the --captioner named."""
     if not any(method.needs_captions for method in config.methods.values()):
         return
     path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
@@ -109,8 +109,8 @@ def write_captions(config, items, class_prompts, name, by, part):
     decoding = config.prompt, config.beams, config.max_tokens
     with utils.writing(part), part.open("a", buffering=1) as file:  # line by line
         batches = in_order(len(items), config.caption_batch)
-        for rows in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
-            batch, images = [items[row] for row in rows], []
+        for indices in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
+            batch, images = [items[i] for i in indices], []
             for location, _ in batch:
                 try:
                     images.append(location.open())
@@ -131,7 +131,7 @@ def write_captions(config, items, class_prompts, name, by, part):
 # ITAR: image-text pairs from a pool
 
 
-def stamps(shards):
+def shard_stamps(shards):
     """What changes when one of the pool's files does."""
     return features.stamps([(data.Location("", str(shard)), 0) for shard in shards])
 
@@ -139,7 +139,7 @@ def stamps(shards):
 @torch.no_grad()
 def embed(clip, shard, folder):
     """A shard's features, cached in `folder`: {"z": (n, d), "rows": of read_shard, "damaged"}."""
-    cache = folder / f"pool-{shard.stem}-{short_hash(clip.fingerprint, stamps([shard]))}.pt"
+    cache = folder / f"pool-{shard.stem}-{short_hash(clip.fingerprint, shard_stamps([shard]))}.pt"
 
     def encode():
         pairs, damaged = read_shard(shard)
@@ -196,7 +196,7 @@ def search_shard(clip, shard, folder, queries, k, hashed):
         scores, ids = search(queries, [z], k)
         return scores, ids.int(), len(z)
 
-    key = short_hash(clip.fingerprint, stamps([shard]), hashed, k)
+    key = short_hash(clip.fingerprint, shard_stamps([shard]), hashed, k)
     return utils.cached(folder / f"found-{shard.stem}-{key}.pt", find)
 
 
@@ -230,7 +230,7 @@ def retrieve(config, dataset):
         features.cached_features(clip, tested, domain, config.run)(items)
         for tested in sets for domain, items in tested.images.items()
     ]
-    inputs = clip.fingerprint, stamps(shards), names, config.k, config.same
+    inputs = clip.fingerprint, shard_stamps(shards), names, config.k, config.same
     config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
     if path.exists() and config_hash in path.open(errors="replace").readline():
         return print(f"{path} is there already")

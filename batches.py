@@ -18,7 +18,7 @@ from utils import fail, short_hash, undamaged
 class Images(torch.utils.data.Dataset):
     """(image tensor or None where it cannot be read, index) of items [(Location, label)].
 
-    What `transform` draws hangs on `draw` and the index, not on order, worker or process.
+    What `transform` draws depends on `draw` and the index, not on order, worker or process.
     """
 
     def __init__(self, items, transform, draw=()):
@@ -46,7 +46,7 @@ def collate(batch):
 def image_batches(items, transform, batches, device, unreadable=None, draw=()):
     """Yield images (B, 3, H, W) on `device` and labels (B,) for `batches` of indices into `items`.
 
-    draw: what, beside its index, an image's augmentation hangs on, as seed and epoch. At an
+    draw: what, beside its index, an image's augmentation depends on, as seed and epoch. At an
     unreadable image it exits with status 2, naming it; or, given a list, adds its label.
     """
     gpu = device.type == "cuda"
@@ -119,9 +119,9 @@ def load_retrieved(config, dataset, items):
 def batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved):
     """epoch -> iterator of Batch.
 
-    Order, augmentation and prompts hang on (seed, epoch) alone: a resumed run is the uninterrupted
-    one (on a CPU to the bit), and several processes draw what one draws. z_all: z, ẑ^1 … ẑ^K of
-    `items`, (K + 1, N, d), where the image tower is frozen, else None.
+    Order, augmentation and prompts depend on (seed, epoch) alone: a resumed run is the
+    uninterrupted one (on a CPU to the bit), and several processes draw what one draws. z_all: z,
+    ẑ^1 … ẑ^K of `items`, (K + 1, N, d), where the image tower is frozen, else None.
     """
     labels = torch.tensor([label for _, label in items])
     classnames, templates = data.prompt_templates(dataset, config.source)
@@ -173,6 +173,6 @@ def endless(n, batch_size, seed, step):
 
 @functools.lru_cache(maxsize=4)
 def shuffled(n, seed, number):
-    """A permutation of n that hangs on (seed, number) alone."""
+    """A permutation of n that depends on (seed, number) alone."""
     generator = torch.Generator().manual_seed(10**6 * seed + number)
     return torch.randperm(n, generator=generator).tolist()

@@ -69,8 +69,9 @@ def clipstyler_loss(network, images, delta_t, encode, patches=4):
     images: (B, 3, H, W). delta_t: Δt, (d,). encode: images -> (z (B, d), feature maps (B, …)).
     Source: CLIPstyler and its public code (train_CLIPstyler.py).
     CHOICE: 4 patches of each image where one has 64 there, of a quarter of its side as there (half
-    of it does no better by L_dir), enlarged first, for RandomPerspective makes NaN of 4 pixels;
-    alternative: 16 views of whole images, as its train_fast.py.
+    of it does no better by L_dir), at one place in all images of a batch, enlarged first, for
+    RandomPerspective gives NaN on 4 x 4 pixels; alternative: 16 views of whole images, as its
+    train_fast.py.
     CHOICE: L_c on maps of CLIP's own tower, a third of the way through it, relative to their size,
     to need no other weights; alternative: VGG-19's conv4_2 and conv5_2, as published.
     """
@@ -97,7 +98,7 @@ def pixels_of(clip):
 def paint(clip, items, train, delta_t, seed=0, steps=None, batch_size=4):
     """Train a StyleNet on `train` for the direction Δt, (d,): its state, and ẑ of all `items`.
 
-    CHOICE: 100 steps of 4 images at 1e-2, of which 40 do what 100 at 2e-3 do on validation images;
+    CHOICE: 100 steps of 4 images at 1e-2 (40 of them match 100 at 2e-3 on validation images);
     alternative: the public code's 200 at 5e-4, halved after 100, for one image.
     CHOICE: Δt of the phrases alone (a cosine of 0.92 to 0.96, on emoji, with the mean over prompts
     of all classes); alternative: the public code's mean over 80 templates.

@@ -34,14 +34,14 @@ class Schedule:
     max_norm: float | None = None  # longest gradient; None: whatever it is
 
 
-# CHOICE: LDFS's schedules could not be had. linear: 200 epochs, as LADS. coop: the 50 epochs of 32
-# and lr 2e-3 of CoOp's public code, with AdamW; cocoop: the 10 epochs of CoCoOp's, at batch 8 in
-# place of 1, since a step encodes a text for each image, class and domain. maple: coop's batch and
-# lr, for its public code's 5 epochs of 4 at 3.5e-3 are SGD's, whose steps AdamW's are not, and as
-# each step goes through both towers, 10 epochs. full, lpft, towers: the 10 epochs and lr 1e-5 that
-# FLYP uses with OpenAI's ViT-B/16, at a smaller batch, and WiSE-FT's clipping at 1 for its
-# baseline; clipood: the lr of its public code; alternative: a data set's own `schedules`; --epochs,
-# --batch-size, --lr, chosen on the "val" part.
+# CHOICE: LDFS's schedules could not be had. linear: 200 epochs, as LADS. coop: 50 epochs (of
+# CoOp's 50 to 200, by shots) of 32 at the lr 2e-3 of its public code, with AdamW; cocoop: the 10
+# epochs of CoCoOp's, at batch 8 in place of 1, since a step encodes a text for each image, class
+# and domain. maple: coop's batch and lr, for its public code's 5 epochs of 4 at 3.5e-3 are SGD's,
+# whose steps AdamW's are not, and as each step goes through both towers, 10 epochs. full, lpft,
+# towers: the 10 epochs and lr 1e-5 that FLYP uses with OpenAI's ViT-B/16, at a smaller batch, and
+# WiSE-FT's clipping at 1 for its baseline; clipood: the lr of its public code; alternative: a data
+# set's own `schedules`; --epochs, --batch-size, --lr, chosen on the "val" part.
 SCHEDULES = {
     "linear": Schedule(epochs=200, batch_size=256, lr=1e-3),
     "coop": Schedule(epochs=50, batch_size=32, lr=2e-3, weight_decay=0.0),
@@ -157,7 +157,7 @@ class Config:
         raise AttributeError(f"settings are resolved once and never changed ({name})")
 
     def record(self):
-        """What a result hangs on, ready for JSON; stands once per run, in its config.json."""
+        """What a result depends on, ready for JSON; stands once per run, in its config.json."""
         record = {k: v for k, v in vars(self).items() if k not in self.APART}
         return {**record, "schedules": {k: asdict(s) for k, s in self.schedules.items()}}
 
@@ -190,8 +190,6 @@ def parse(doc, argv=None):
         first = next(iter(dataset.meta.phrases))
         fail(f"{dataset.name}'s {source} is to be tested on alone. Finetune on another: {first}.")
     if not dataset.styles(source):  # nothing to tell a mapper
-        if args.methods is None and args.paper == "arf":
-            methods = {name: method for name, method in methods.items() if not method.recipe}
         if recipes_of(methods):
             fail(
                 f"{dataset.name}: its domains are all called {dataset.meta.phrases[source]!r}: no "

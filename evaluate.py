@@ -93,8 +93,8 @@ def unseen_accuracies(dataset, features_of, head_of):
 
 
 def heads(clip, dataset, source, trained=None):
-    """head_of(domain): the trained head, or of a prompt its `classifier` for the names there, or
-    without either what the text tower says at the time of the call.
+    """head_of(domain): the trained head, or a prompt's `classifier` for the names there, else the
+    text tower's zero-shot head at the time of the call.
 
     CHOICE: unseen classes, too, are named in the source's words, whatever the domain, since a model
     in use does not know what domain it meets; alternative: in each domain's own.
@@ -173,11 +173,11 @@ def measure_checkpoints(config, dataset, clip, cached):
     def encode(dataset, domain, items):
         return encode_images(clip, items, label=domain)
 
-    def measure(features_of, trained, names, seed):  # names: any classes can be told apart by them
+    def measure(features_of, trained, open_set, seed):  # open_set: any classes can be named
         rows = accuracies(
             dataset, config.source, seed, features_of, heads(clip, dataset, config.source, trained)
         )
-        if unseen and names:
+        if unseen and open_set:
             said = heads(clip, unseen, config.source, trained if callable(trained) else None)
             rows += unseen_accuracies(unseen, features_of, said)
         return rows
@@ -186,10 +186,10 @@ def measure_checkpoints(config, dataset, clip, cached):
     for seed, name in tqdm(jobs, desc="evaluating", unit="run", leave=False):
         shared = {"method": name, "seed": seed}
         if name == "zero-shot":
-            names = any(m.train != "linear" for m in config.methods.values())
-            key = short_hash(clip.fingerprint, tested, seed, config.id, names)[:12]
+            open_set = any(m.train != "linear" for m in config.methods.values())
+            key = short_hash(clip.fingerprint, tested, seed, config.id, open_set)[:12]
             if key not in measured:
-                rows = measure(cached, None, names, seed)
+                rows = measure(cached, None, open_set, seed)
                 results.append(config, [{**row, **shared, "key": key} for row in rows])
             continue
         path, method = checkpoint_path(config, name, seed), config.methods[name]

@@ -38,7 +38,7 @@ def ce_step(features, labels, head):
     """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's step 2; of [z] alone it is plain finetuning.
 
     features: [z, ẑ^1 … ẑ^K], each (b, d) unit norm, of this process's share of the batch (one
-    process: b = B). labels: (B,). head: (b, d) -> logits (b, C), s · W z. LDFS's L_con is
+    process: b = B). labels: (B,). head: (b, d) -> logits (b, C), as s · W z. LDFS's L_con is
     cross-entropy, ARF's (below) is CLIP's contrastive loss.
     Source: LDFS, figure 2, step 2.
     CHOICE: every domain weighs as much as the original, as in LADS's union of features;

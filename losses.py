@@ -21,9 +21,11 @@ def local_adaptation(z, z_hat, text_source, text_target):
 
     z, z_hat: (B, d) image features, original and synthesised. text_source, text_target: (B, d)
     features of each image's own caption in the words of the source and of the target domain.
-    Returns a scalar in [0, 2]. With texts of the class in place of texts of the image, this is the
-    global direction of LADS and StyleGAN-NADA.
+    Returns a scalar in [0, 2]. With texts of the class in place of texts of the image this is
+    LADS's direction, with one text for the whole domain StyleGAN-NADA's: global ones.
     Source: LDFS, figures 2 and 3 (b).
+    CHOICE: ẑ of unit norm, as it is used afterwards; alternative: the mapper's output before it is
+    normalised, as in LADS.
     """
     # The cosine of a zero-length shift (ẑ = z, say from a zero-initialised residual mapper) has no
     # value. Norms count as at least eps, so it is 0 there; a larger eps than the usual 1e-8 keeps
@@ -64,8 +66,9 @@ def stochastic_text(text, sigma, generator=None):
     Call it once for the source text and once for the target text: the same ε would cancel in their
     difference.
     Source: LDFS, figure 2.
-    CHOICE: isotropic Gaussian, renormalised, the simplest there is; alternative: noise along
-    measured style directions.
+    CHOICE: isotropic Gaussian, renormalised, the simplest there is, drawn anew at each step, for
+    source and target apart; alternative: noise along measured style directions, or on the target's
+    text alone.
     """
     if sigma == 0:
         return text
@@ -80,7 +83,7 @@ def class_consistency(z_hat, class_text, labels, logit_scale):
     the factor itself (100 in CLIP), not its logarithm. Also CLIP's classification loss on original
     features, with z in place of ẑ.
     Source: LADS (Dunlap et al., ICLR 2023), where s = 1; LDFS's figures do not show it (see Recipe
-    in mapper.py).
+    in methods.py).
     """
     return F.cross_entropy(logit_scale * z_hat @ class_text.T, labels)
 

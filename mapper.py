@@ -27,6 +27,7 @@ class Mapper(nn.Module):
 
     CHOICE: LADS's network, two linear layers of width 384 without a residual connection, so that
     the comparison is of losses alone; alternative: z + M(z), which starts at ẑ = z.
+    CHOICE: a mapper for each target domain; alternative: one, which is told the domain.
     """
 
     def __init__(self, dim, width=384):
@@ -57,7 +58,7 @@ def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, g
 
 
 def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_weight):
-    """L = ½ [ 1 − cos( M(z) − z, Δt ) ] + ½ CE( norm(M(z)) · Tᵀ, y ), the baseline as published.
+    """L = ½ [ 1 − cos( M(z) − z, Δt ) ] + ½ CE( norm(M(z)) · Tᵀ, y ), LADS's mapper as published.
 
     The direction is that of the network's unnormalised output; class_weight: (C,), of the classes.
     Source: LADS (Dunlap et al., ICLR 2023) and its public code.
@@ -69,7 +70,7 @@ def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_wei
 
 
 def new_mapper(dim, seed, device):
-    """A Mapper whose start hangs on the seed alone."""
+    """A Mapper whose start depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Mapper(dim).to(device)
@@ -161,7 +162,7 @@ def mapper_path(run, recipe_name, domain, seed):
 
 
 def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu"):
-    """A trained Mapper, frozen; exits with status 2 where there is none of this CLIP and length."""
+    """A trained Mapper, frozen; exits with status 2 if none has this CLIP and --mapper-steps."""
     path = mapper_path(config.run, recipe_name, domain, seed)
     if not path.exists():
         fail(f"{path} is not there. Train it: mapper.py DATASET SOURCE --methods {recipe_name}")
@@ -285,7 +286,7 @@ def main():
                 "mapper": mapper.cpu().state_dict(), "config_hash": config_hash,
                 "fingerprint": clip.fingerprint, "made_with": {"mapper_steps": config.mapper_steps},
             }
-            write_atomically(path, lambda part: torch.save(state, part))
+            write_atomically(path, lambda new: torch.save(state, new))
         table.setdefault((name, domain), []).append(state["statistics"])
 
     results.append_statistics(config, table, len(splits[-1]["train"]))

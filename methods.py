@@ -25,7 +25,7 @@ ABLATIONS = [  # what --ablate adds: LDFS without each of its parts, and with ot
 
 @dataclass(frozen=True)
 class Recipe:
-    """What steers a mapper. "lads" is LADS as published; "global" is LADS's idea under LDFS's
+    """What steers a mapper. "lads" is LADS's mapper as published; "global" is its idea under LDFS's
     schedule: LDFS minus its three parts (caption-wise direction, noise, pairwise term).
 
     CHOICE: sigma, small enough to leave the direction (at d = 512, |Δt| = 0.7 a cosine of 0.91);

@@ -29,12 +29,12 @@ def tokens_of(clip, words):
     return first, alone[first:last]
 
 
-def put(x, words, first):
-    """x, (N, L, width), with words, (M, width) or (N, M, width), in place of M tokens from `first`
-    on; at first = L they are appended.
+def put(x, context, first):
+    """x, (N, L, width), with `context`, (M, width) or (N, M, width), in place of M tokens from
+    `first` on; at first = L it is appended.
     """
-    words = words.expand(len(x), -1, -1).to(x.dtype)
-    return torch.cat([x[:, :first], words, x[:, first + words.shape[1]:]], dim=1)
+    context = context.expand(len(x), -1, -1).to(x.dtype)
+    return torch.cat([x[:, :first], context, x[:, first + context.shape[1]:]], dim=1)
 
 
 class CoOp(Learner):
@@ -64,7 +64,7 @@ class CoOp(Learner):
 
     def encode(self, vectors, tokens):
         """t: (N, d), unit norm, of prompts (N, L), with vectors (M, width) or (N, M, width)."""
-        # a causal tower does not look behind the end of a text: what is padding in all is left out
+        # a causal tower never sees past a text's end: padding that all texts share is cropped
         end = (tokens != tokens[:, -1:]).any(0).nonzero().max().item() + 2
         text, tokens = text_tower(self.clip), tokens.to(self.clip.device)
 
@@ -76,11 +76,11 @@ class CoOp(Learner):
         def tower(rows):  # with its hooks, for micro-batches are computed again
             each = vectors[rows] if vectors.ndim == 3 else vectors
 
-            def words(module, args, embedded):  # (N, L, width): start, V₁ … V_M, class, end
+            def learned(module, args, embedded):  # (N, L, width): start, V₁ … V_M, class, end
                 return put(embedded, each, self.first)
 
             with (
-                text.token_embedding.register_forward_hook(words),
+                text.token_embedding.register_forward_hook(learned),
                 text.transformer.register_forward_pre_hook(crop, with_kwargs=True),
                 self.deeper(text),
             ):
@@ -97,7 +97,7 @@ class CoOp(Learner):
         return contextlib.nullcontext()
 
     def head(self, tokens):
-        """(B, d) -> logits (B, C), among classes of these prompts."""
+        """(b, d) -> logits (b, C), among classes of these prompts."""
         class_text = self.encode(self.vectors, tokens)                                     # (C, d)
         return lambda x: self.scale * x @ class_text.T
 
@@ -152,15 +152,15 @@ class CoCoOp(CoOp):
 def deep(modules, vectors, first):
     """Within it each of `modules` takes its x with its own of `vectors`, (M, width), at `first`."""
     with contextlib.ExitStack() as hooks:
-        for module, words in zip(modules, vectors):
+        for module, context in zip(modules, vectors):
             hooks.enter_context(module.register_forward_pre_hook(
-                lambda module, args, words=words: put(*args, words, first)
+                lambda module, args, context=context: put(*args, context, first)
             ))
         yield
 
 
 def image_transformer(clip):
-    """The image tower if it is a transformer of open_clip's own that answers by its class token
+    """The image tower if it is a transformer of open_clip's own that outputs its class token
     (what pools all tokens would pool prompts); exits with status 2 at another.
     """
     from open_clip.transformer import VisionTransformer  # here, for it takes seconds
@@ -170,7 +170,7 @@ def image_transformer(clip):
     if not own or visual.pool_type != "tok" or visual.attn_pool is not None:
         fail(
             f"maple: the image tower of {clip.name} is no transformer of open_clip's own that "
-            "answers by its class token. Name a ViT in --model, or take coop."
+            "outputs its class token. Name a ViT in --model, or take coop."
         )
     return visual
 
@@ -210,7 +210,7 @@ class MaPLe(CoOp):
     def prompted(self):
         visual = self.clip.model.visual
         modules = [visual.ln_pre, *visual.transformer.resblocks[1:]]
-        vectors = [couple(words) for couple, words in zip(self.couplings, self.vectors)]
+        vectors = [couple(context) for couple, context in zip(self.couplings, self.vectors)]
         return deep(modules, vectors, len(visual.positional_embedding))  # class token and patches
 
     def forward(self, batch):

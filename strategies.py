@@ -1,8 +1,8 @@
 """What is trained, under the names of methods.TRAINED: modules whose state is the checkpoint, and
 whose forward is a step's loss.
 
-Synthesised features enter in one of two ways. Where the image tower stays (linear, coop, cocoop),
-they are made once and stand behind the original ones: batch.z is [z, ẑ^1 … ẑ^K]. Where it moves
+Synthesised features enter in one of two ways. Where the image tower is frozen (linear, coop,
+cocoop), they are made once and appended to the originals: batch.z is [z, ẑ^1 … ẑ^K]. Where it moves
 (full, lpft, clipood, maple, towers), `synthesise` sends the current z through the frozen mappers.
 Either way a step takes [z, ẑ^1 … ẑ^K]. coop, cocoop and maple are in prompts.py.
 """
@@ -20,7 +20,7 @@ from distributed import share
 class Learner(nn.Module):
     """Trains what wants a gradient, by `step`: `ce_step` of finetune.py, or `contrastive_step`.
 
-    With a `head`, (C, d), evaluate.py classifies; where there is none, with the class prompts.
+    evaluate.py classifies with its `head`, (C, d), if there is one, else by the class prompts.
     """
 
     slow = True  # worth a checkpoint after each epoch
@@ -31,7 +31,7 @@ class Learner(nn.Module):
         self.scale = clip.logit_scale
 
     def synthesise(self, z):
-        """[z, ẑ^1 … ẑ^K], each (B, d).
+        """[z, ẑ^1 … ẑ^K], each (b, d).
 
         CHOICE: where the tower is trained, M_k takes the current z, and passes its gradient on, so
         that ẑ stays a synthesis of this z; alternative: ẑ of the original z, which the tower
@@ -65,7 +65,11 @@ def unlock(module, model, groups):
 
 
 class Linear(Learner):
-    """A linear probe W: logits s · W z."""
+    """A linear probe W: logits s · W z.
+
+    CHOICE: one probe for all rivals, without bias or class weights, the last epoch; alternative:
+    LADS's own, with a bias, no scale, weighted classes and the best epoch by validation.
+    """
 
     slow = False
 
@@ -96,7 +100,7 @@ class Full(Learner):
         unlock(self.towers.visual, self.towers, unlocked_groups)
 
     def forward(self, batch):
-        z = self.clip.encode_image(batch.images)                                           # (B, d)
+        z = self.clip.encode_image(batch.images)                                           # (b, d)
         return self.step(self.synthesise(z), batch.labels, self.head)
 
 
@@ -157,13 +161,14 @@ class Towers(Learner):
                 parameter.requires_grad_(False)
 
     def forward(self, batch):
-        z, scale = self.clip.encode_image(batch.images), self.towers.logit_scale.exp()     # (B, d)
+        z, scale = self.clip.encode_image(batch.images), self.towers.logit_scale.exp()     # (b, d)
         class_text = self.clip.encode_text(self.class_tokens)                              # (C, d)
         features = self.synthesise(z)
         return self.step(features, batch.labels, lambda x: scale * x @ class_text.T)
 
     def after_step(self):
-        self.towers.logit_scale.data.clamp_(max=math.log(100))  # as CLIP was trained
+        # CHOICE: at most 100, as CLIP was trained; alternative: free, as in FLYP's public code
+        self.towers.logit_scale.data.clamp_(max=math.log(100))
 
 
 class Contrastive(Towers):

@@ -57,7 +57,7 @@ def augment(images, generator):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def fit(name, model, groups, n, epochs, loss_of, folder, key, frozen=()):
+def fit(name, model, groups, n, epochs, loss_of, folder, key, frozen=(), batch_size=BATCH):
     """Train on n examples, 2 % of them held out, with AdamW and one cycle of the rate.
 
     loss_of(indices, generator) -> loss. A killed run goes on after its last finished epoch; `key`
@@ -67,7 +67,7 @@ def fit(name, model, groups, n, epochs, loss_of, folder, key, frozen=()):
     done = folder / f"{name}-{short_hash(key, rates)}.pt"
     held, pool = torch.randperm(n, generator=generator).split([n // 50, n - n // 50])
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
-    steps = epochs * (len(pool) // BATCH)
+    steps = epochs * (len(pool) // batch_size)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
     parts, first = {"model": model, "optimizer": optimizer, "cycle": cycle}, 0
     if done.exists():
@@ -81,7 +81,7 @@ def fit(name, model, groups, n, epochs, loss_of, folder, key, frozen=()):
         for module in frozen:
             module.eval().requires_grad_(False)  # its batch statistics stay, too
         order = pool[torch.randperm(len(pool), generator=generator)]
-        batches = order[:len(order) // BATCH * BATCH].view(-1, BATCH)
+        batches = order[:len(order) // batch_size * batch_size].view(-1, batch_size)
         for batch in (bar := tqdm(batches, desc=f"{name}, epoch {epoch + 1} of {epochs}")):
             loss = loss_of(batch, generator)
             optimizer.zero_grad()
@@ -118,11 +118,11 @@ def learn_language(model, tokenize, pairs, folder):
     def loss_of(batch, generator):
         return 1 - (model.encode_text(ids[batch], normalize=True) * target[batch]).sum(1).mean()
 
-    groups = [{"params": text_tower(model), "lr": 1e-3}]
+    groups = [{"params": text_parameters(model), "lr": 1e-3}]
     fit("language", model, groups, len(texts), 10, loss_of, folder, texts)
 
 
-def text_tower(model):
+def text_parameters(model):
     return [p for name, p in model.named_parameters() if not name.startswith("visual.")]
 
 
@@ -149,7 +149,7 @@ def learn_pairs(model, tokenize, pairs, class_of, epochs, folder):
     frozen = [trunk.conv_stem, trunk.bn1, *trunk.blocks[:2]]
     groups = [
         {"params": list(model.visual.parameters()), "lr": 1e-3},
-        {"params": text_tower(model), "lr": 1e-3 / 3},
+        {"params": text_parameters(model), "lr": 1e-3 / 3},
     ]
     key = [epochs, [word for word, _ in pairs], short_hash([*model.state_dict().values()])]
     fit("clip", model, groups, len(pairs), epochs, loss_of, folder, key, frozen)

@@ -54,7 +54,7 @@ MUTANTS = [  # (what goes wrong, what stands once in the program, what does inst
     ("head starts without s", "(clip, clip.logit_scale * start,", "(clip, start,", "finetune"),
     ("LP-FT starts from text", "start = probe.head.weight.data", "pass", "finetune"),
     ("MaPLe's prompts in one layer alone", "zip(modules, vectors):", "zip(modules, vectors[:1]):", "finetune -k maple"),
-    ("MaPLe's last prompts in all layers", "args, words=words: put", "args: put", "finetune -k maple"),
+    ("MaPLe's last prompts in all layers", "args, context=context: put", "args: put", "finetune -k maple"),
     ("MaPLe's hooks stay", "hooks.enter_context(module", "(module", "finetune -k maple"),
     ("MaPLe's images without prompts", "            with self.prompted():\n                return", "            if True:\n                return", "finetune -k maple"),
     ("images tested without MaPLe's prompts", "with prompted:", "with contextlib.nullcontext():", "evaluate -k maple"),

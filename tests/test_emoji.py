@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -202,6 +203,26 @@ def test_a_killed_training_goes_on_after_its_last_epoch(tmp_path):
     (tmp_path / "8").rename(tmp_path / "0")
     weight, rest = train(4, stop=0)
     assert steps == 12 and rest == 6 and weight == whole
+
+
+def test_the_vit_takes_the_mini_clips_text_tower_and_maple(tmp_path, monkeypatch):
+    """One step on a pool of noise: a folder that open_clip loads, and whose tower MaPLe prompts."""
+    import open_clip
+
+    from emoji import pretrain_vit
+    from prompts import image_transformer
+
+    noise = torch.randint(256, (70, draw.SIZE, draw.SIZE, 3), dtype=torch.uint8).numpy()
+    monkeypatch.setattr(draw, "read_pool", lambda data: [({}, Image.fromarray(x)) for x in noise])
+    monkeypatch.setattr(sys, "argv", ["pretrain_vit", "--data", str(tmp_path), "--epochs", "1"])
+    pretrain_vit.main()
+    places = f"local-dir:{tmp_path}/emoji_vit", f"local-dir:{pretrain_vit.CLIP}"
+    vit, clip = (open_clip.create_model(place).eval() for place in places)
+    tokens = [open_clip.get_tokenizer(place)(["a sketch of a dog", "a dog"]) for place in places]
+    assert torch.equal(*tokens)
+    assert torch.allclose(vit.encode_text(tokens[0]), clip.encode_text(tokens[1]), atol=1e-5)
+    assert vit.encode_image(torch.zeros(1, 3, draw.SIZE, draw.SIZE)).isfinite().all()
+    assert len(image_transformer(SimpleNamespace(model=vit)).transformer.resblocks) == 4
 
 
 DRAWN, POOL = (
