@@ -41,8 +41,7 @@ from utils import fail, short_hash, write_atomically
 def caption_images(model, processor, images, prompt="", beams=5, max_tokens=30):
     """What the model says of each PIL image, without the prompt: B strings, "" where nothing.
 
-    CHOICE: one caption an image by beam search, no hint of the class; alternative: several sampled
-    ones, a prompt.
+    CHOICE: one caption by beam search, no hint of the class; alternative: several, sampled.
     """
     text = prompt
     if getattr(processor, "chat_template", None):  # LLaVA's kind wants its own words around both
@@ -80,6 +79,8 @@ def caption(config, dataset):
     empty, there = {"caption": ""}, data.read_rows(path)[0]
     todo = [(x, y) for x, y in items[rank::world] if not stays(x, there.get(x.path, empty))]
     if todo:
+        say, first = utils.warn if config.captions else print, todo[0][0].path
+        say(f"{path}: {len(todo)} of {len(items)} captions missing ({first} …), asking {name}")
         part = path.with_name(f".{path.name}.part{time.time_ns()}-{rank}")
         write_captions(config, todo, data.class_texts(dataset, config.source), name, by, part)
     barrier()
@@ -246,12 +247,10 @@ def retrieve(config, dataset):
     said = ", ".join(f"{n} {name}" for name, n in counts.items())
     if not pairs:
         fail(f"the pool gives no pair to train on ({said}). Name another --pool, or a larger --k.")
-    shared = {"method": "retrieved", "domain": config.source, "split": "train"}
-    rows = [{"measure": name, "value": n, "n": counts["available"]} for name, n in counts.items()]
-    results.append(config, [shared | row for row in rows])
-    made_with = {flag: getattr(config, flag) for flag in ("k", "same", "query", "model")}
-    header = {"config_hash": config_hash, "made_with": made_with, **counts}
-    data.write_rows(path, [header, *pairs])
+    row = dict(method="retrieved", domain=config.source, split="train", n=counts["available"])
+    results.append(config, [{**row, "measure": name, "value": n} for name, n in counts.items()])
+    made_with = {flag: getattr(config, flag) for flag in ("k", "same", "query", "model", "pool")}
+    data.write_rows(path, [{"config_hash": config_hash, "made_with": made_with, **counts}, *pairs])
     print(f"{path}: {said} ({len(names)} queries by {config.query}, k = {config.k})")
 
 

@@ -97,6 +97,8 @@ def read_retrieved(run):
         fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
     with undamaged(path, "Remove it, and retrieve again."):
         header, *rows = map(json.loads, path.read_text().splitlines())
+        if len(rows) != header["retrieved"]:
+            raise ValueError(f"{len(rows)} of {header['retrieved']} pairs")
         places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
         pairs = [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
         return header.get("made_with", {}), pairs
@@ -113,6 +115,9 @@ def load_retrieved(config, dataset, items):
     found = [(image, text) for image, text, queries in pairs if mine & {*queries}]
     if not found:
         fail(f"{path} has no pair for these images. Retrieve with a larger --k.")
+    for shard in {image.file for image, _ in found}:
+        if not os.path.exists(shard):
+            fail(f"{shard}, a shard of the pool, is not there any more. Put it back.")
     return found
 
 

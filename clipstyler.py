@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from batches import image_batches, in_order
 from config import parse
-from features import autocast, cached_features, encode_texts, load_clip
-from mapper import load_styled, statistics, style_path
+from features import autocast, cached_features, encode_texts, load_clip, stamps
+from mapper import statistics
 from methods import recipes_of
 from report import figures, results
-from utils import cached, fail, only_one_process
+from utils import cached, fail, only_one_process, short_hash, undamaged
 
 # CHOICE: the public code's weights and τ, but λ_c = 500 for another L_c: in sketches of source
 # images more objects fade away with 150, and colours hardly change with 1500; alternative: 150.
@@ -118,6 +118,38 @@ def paint(clip, items, train, delta_t, seed=0, steps=None, batch_size=4):
     batches = image_batches(items, pixels, in_order(len(items), 256), clip.device)
     z = torch.cat([encode(network(images))[0].cpu() for images, _ in batches])
     return {"network": network.cpu().state_dict(), "z": z}
+
+
+def style_path(config, dataset, clip, domain, seed):
+    """Where network and features for a target and a seed lie: elsewhere with any other input."""
+    source, phrases = config.source, dataset.meta.phrases
+    inputs = dataset.split(source, source, "train", seed), dataset.images[source]
+    key = clip.fingerprint, config.mapper_steps, phrases[source], phrases[domain]
+    key = short_hash(*key, *map(stamps, inputs))
+    return config.run / "mappers" / f"clipstyler-{domain}-seed{seed}-{key[:8]}.pt"
+
+
+def load_styled(config, dataset, clip, domain, seed, items):
+    """ẑ: (N, d) features of the source's `items`, repainted; exits with status 2 where none are."""
+    path = style_path(config, dataset, clip, domain, seed)
+    if not path.exists():
+        fail(f"{path} is not there. Make it: python clipstyler.py, with the same arguments.")
+    with undamaged(path, "Remove it, and run clipstyler.py again."):
+        z = torch.load(path, map_location=clip.device)["z"]
+    row = {location: i for i, (location, _) in enumerate(dataset.images[config.source])}
+    return z[[row[location] for location, _ in items]]
+
+
+class Repainted(nn.Module):
+    """In a mapper's place: ẑ, (N, d), of the N `items`, repainted before they were encoded."""
+
+    def __init__(self, config, dataset, clip, domain, seed, items):
+        super().__init__()
+        z_hat = load_styled(config, dataset, clip, domain, seed, items)
+        self.z_hat = nn.Parameter(z_hat, requires_grad=False)
+
+    def forward(self, z):
+        return self.z_hat
 
 
 def main():

@@ -59,14 +59,26 @@ def resolve_schedules(args, dataset):
     flags = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr")}
     flags = {k: v for k, v in flags.items() if v is not None}
     own = dataset.meta.schedules
+
+    def possible(s):
+        rest = [s.lr, s.weight_decay, s.warmup, *([] if s.max_norm is None else [s.max_norm])]
+        return (
+            type(s.epochs) is type(s.batch_size) is int and min(s.epochs, s.batch_size) >= 1
+            and all(type(x) in (int, float) and 0 <= x < math.inf for x in rest)
+            and s.lr > 0 and s.warmup <= 1 and s.max_norm != 0
+        )
+
     try:
         found = {k: replace(s, **{**own.get(k, {}), **flags}) for k, s in SCHEDULES.items()}
-        if all(s.lr > 0 and s.epochs >= 1 and s.batch_size >= 1 for s in found.values()):
+        if all(map(possible, found.values())):
             return found
-    except TypeError:  # another name, or what is no number
+    except TypeError:  # another name
         pass
     known = ", ".join(f.name for f in fields(Schedule))
-    fail(f"{dataset.name}: a schedule of its description has positive numbers, of {known}.")
+    fail(
+        f"{dataset.name}: a schedule of its description has numbers from 0 up, of {known}; whole "
+        "ones of epochs and batch_size, a warmup up to 1."
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -171,6 +183,7 @@ def refuse_other(path, config, made_with):
     others = {k.replace("_", "-"): v for k, v in made_with.items() if getattr(config, k) != v}
     if others:
         said = ", ".join(f"no --{k}" if v is None else f"--{k} {v}" for k, v in others.items())
+        said = said.replace("--source", "the source")
         fail(f"{path} was made with {said}. Say so, or make it again with what you ask for.")
 
 
@@ -189,6 +202,8 @@ def parse(doc, argv=None):
     if source in dataset.absent or dataset.images[source][0][0].size >= 0:  # in a tar: to test on
         first = next(iter(dataset.meta.phrases))
         fail(f"{dataset.name}'s {source} is to be tested on alone. Finetune on another: {first}.")
+    if not dataset.trainable(source):
+        fail(f"{dataset.folder}/{source}_test.txt leaves no image to train on. Shorten it.")
     if not dataset.styles(source):  # nothing to tell a mapper
         if recipes_of(methods):
             fail(

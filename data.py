@@ -95,8 +95,8 @@ class Meta:
         texts = [text for texts in self.templates.values() for text in texts]
         if not all(re.findall("[{}]+", text) == ["{}"] for text in texts):
             raise ValueError("its templates are not lists of texts with one {} in each")
-        if not self.schedules.keys() <= TRAINED.keys():
-            raise ValueError(f"its schedules are not of {', '.join(TRAINED)}")
+        if self.k < 1 or not self.schedules.keys() <= TRAINED.keys():
+            raise ValueError(f"its k is below 1, or its schedules not of {', '.join(TRAINED)}")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def load(name, root="data", captions=None):
 
     folder, meta = folders.read_meta(name, root)
     folders.get(name, folder, meta)
-    if captions is None:
+    if not captions:
         usual = folder / "captions.jsonl", Path(root, f"{name}_captions.jsonl")
         captions = next((file for file in usual if file.exists()), None)
     read = folders.read_imagenet if meta.shifted else folders.read_domains
@@ -235,10 +235,10 @@ def prompt_templates(dataset, source, domain=None):
 def read_captions(path):
     """{image path: row} of a captions.jsonl; exits with status 2 at a line that is none."""
     try:
-        lines, rows = path.read_text(encoding="utf-8").splitlines(), {}
+        text, rows = path.read_text(encoding="utf-8-sig").rstrip("\n"), {}
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be read ({error}). Mend it, or name another with --captions.")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n") if text else (), 1):
         try:
             row = json.loads(line)
             rows[row["path"]] = {**row, "caption": row["caption"].strip()}
@@ -254,7 +254,8 @@ def read_rows(path):
     for part in parts:
         with undamaged(part, "Remove it: what it says will be said again."):
             whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
-            rows |= {row["path"]: row for row in map(json.loads, whole.splitlines())}
+            for row in map(json.loads, whole.splitlines()):
+                rows[row["path"]] = {**row, "caption": row["caption"].strip()}
     return rows, parts
 
 

@@ -165,7 +165,9 @@ def measure_checkpoints(config, dataset, clip, cached):
         [template(name) for template in templates for name in names]
         for one in sets for domain in one.images
         for names, templates in [data.prompt_templates(one, config.source, domain)]
-    ], dataset.meta.fractions)
+    ], dataset.meta.fractions, dataset.meta.same_stem_same_thing, sorted(
+        path for paths in dataset.official.values() for path in paths
+    ))
     clip_0 = {k: v.cpu().clone() for k, v in clip.model.state_dict().items()}
     text = zero_shot_head(clip, *data.prompt_templates(dataset, config.source))
     measured = {row.get("key") for row in results.rows(config.run)}
@@ -184,7 +186,7 @@ def measure_checkpoints(config, dataset, clip, cached):
 
     jobs = [(seed, name) for seed in range(config.seeds) for name in ["zero-shot", *config.methods]]
     for seed, name in tqdm(jobs, desc="evaluating", unit="run", leave=False):
-        shared = {"method": name, "seed": seed}
+        shared = {"method": name, "seed": seed, "tested": tested[:8]}
         if name == "zero-shot":
             open_set = any(m.train != "linear" for m in config.methods.values())
             key = short_hash(clip.fingerprint, tested, seed, config.id, open_set)[:12]
@@ -201,6 +203,8 @@ def measure_checkpoints(config, dataset, clip, cached):
             whole = state["optimizer"] is None and state["fingerprint"] == clip.fingerprint
         if not whole:
             fail(f"{path} is unfinished, or of another model. Finish it: python finetune.py.")
+        if state["classes"] != dataset.classes:
+            fail(f"{path} was trained on other classes than there are now: python finetune.py.")
         features_of = cached if method.train in CACHED else encode
         original = {"head.weight": text, **{f"towers.{k}": v for k, v in clip_0.items()}}
         if "head.bias" in tuned:  # WiSE-FT's head, with the scale inside

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from config import Parser, number
 from evaluate import interpolate
-from features import read_checkpoint
-from utils import fail
+from features import hash_of, place_of, read_checkpoint
+from utils import fail, one_line, writing
 
 
 def export(checkpoint, folder, alpha=1.0):
@@ -23,20 +23,31 @@ def export(checkpoint, folder, alpha=1.0):
     """
     import open_clip
     from open_clip.push_to_hf_hub import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, save_config_for_hf
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    base, pretrained, tuned = read_checkpoint(checkpoint)
+    base, pretrained, tuned, known = read_checkpoint(checkpoint)
     if not tuned:
         fail(f"{checkpoint}: it trained no tower, only what stands on one. Export another.")
-    if folder.exists() and any(folder.iterdir()):
-        fail(f"{folder} has files already. Name a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = open_clip.create_model(base, pretrained), open_clip.get_tokenizer(base)
+    place = place_of(base)
+    try:
+        model, tokenizer = open_clip.create_model(place, pretrained), open_clip.get_tokenizer(place)
+    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+        fail(f"{base}, which {checkpoint} was made from: not there ({one_line(error)}).")
+    if hash_of(model) != known:
+        fail(f"{base} has other weights than {checkpoint} was finetuned from. Put them back.")
     mixed = interpolate(model.state_dict(), tuned, alpha)
-    save_file({k: v.contiguous() for k, v in mixed.items()}, folder / HF_SAFE_WEIGHTS_NAME)
-    if hasattr(tokenizer, "save_pretrained"):  # CLIP's own comes with open_clip
-        tokenizer.save_pretrained(folder)
-    save_config_for_hf(model, folder / HF_CONFIG_NAME, open_clip.get_model_config(base))
+    with writing(folder):
+        if folder.exists() and any(folder.iterdir()):
+            fail(f"{folder} has files already. Name a new folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({k: v.contiguous() for k, v in mixed.items()}, folder / HF_SAFE_WEIGHTS_NAME)
+        except SafetensorError as error:  # as it calls a full disk
+            raise OSError(0, one_line(error)) from error
+        if hasattr(tokenizer, "save_pretrained"):  # CLIP's own comes with open_clip
+            tokenizer.save_pretrained(folder)
+        save_config_for_hf(model, folder / HF_CONFIG_NAME, open_clip.get_model_config(place))
 
 
 def main():

@@ -31,6 +31,7 @@ class Clip:
     name: str
     base: tuple = ()       # (name, tag of its weights) in open_clip's terms, also of a checkpoint
     fingerprint: str = ""  # a hash of all that makes its features
+    weights: str = ""      # a hash of the weights of `base`
     micro_batch: int | None = None  # rows that are encoded at a time in training; None: all
 
     @property
@@ -93,14 +94,12 @@ def load_clip(config):
     """
     import open_clip  # here, for it takes seconds, and what needs no CLIP need not wait
 
-    base, pretrained, tuned = config.model, config.pretrained, None
+    base, pretrained, tuned, known = config.model, config.pretrained, None, None
     if base.endswith(".pt"):
-        base, pretrained, tuned = read_checkpoint(base)
+        base, pretrained, tuned, known = read_checkpoint(base)
     if base.startswith(("local-dir:", "hf-hub:")):
         pretrained = None  # they bring their own
-    _, schema, path = base.rpartition("local-dir:")
-    place = schema + from_root(path)
-    device = the_device()
+    place, device = place_of(base), the_device()
     logging.disable(logging.ERROR)  # what open_clip logs, it raises as well
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
@@ -122,7 +121,10 @@ def load_clip(config):
     openai = pretrained and "openai" in "/".join(Path(pretrained).parts[-4:]).lower()
     if openai and not any(isinstance(m, open_clip.transformer.QuickGELU) for m in model.modules()):
         fail(f"--model {base}: OpenAI's weights want QuickGELU. Say {base}-quickgelu.")
+    weights = hash_of(model)
     if tuned is not None:
+        if weights != known:
+            fail(f"--model {config.model}: {base} has other weights than it was finetuned from.")
         own = model.state_dict()
         if not tuned or any(k not in own or own[k].shape != v.shape for k, v in tuned.items()):
             fail(f"--model {config.model}: it does not hold {base}'s towers. Name another.")
@@ -136,9 +138,15 @@ def load_clip(config):
     # frozen until finetune.py says otherwise: PyTorch's attention rounds differently with gradients
     model.eval().requires_grad_(False)
     parts = model, preprocess, augment, tokenizer, device, config.model, (base, pretrained)
-    clip = Clip(*parts, micro_batch=config.micro_batch)
+    clip = Clip(*parts, weights=weights, micro_batch=config.micro_batch)
     clip.fingerprint = fingerprint(clip)
     return clip
+
+
+def place_of(model):
+    """A model's name, of a local-dir: what a description names from the root, too."""
+    _, schema, path = model.rpartition("local-dir:")
+    return schema + from_root(path)
 
 
 def damaged_copy(repository):
@@ -178,21 +186,32 @@ def load_captioner(name, device):
     return model.to(device).eval(), processor
 
 
+def hash_of(model):
+    """A hash of a model's weights."""
+    return short_hash([*model.state_dict().values()])
+
+
 def fingerprint(clip):
     """A hash of the model: its name, architecture, weights, preprocessing and precision."""
-    weights, how = [*clip.model.state_dict().values()], precision(clip.device)
-    return short_hash(clip.name, str(clip.model), weights, str(clip.preprocess), str(how))
+    how = str(clip.model), hash_of(clip.model), str(clip.preprocess), str(precision(clip.device))
+    return short_hash(clip.name, *how)
 
 
 def read_checkpoint(path):
-    """(model name, tag of its weights, state dict of its towers) of a checkpoint of finetune.py."""
+    """(model name, tag of its weights, state dict of its towers, `hash_of` that model) of a
+    checkpoint of finetune.py.
+    """
     try:
         state = torch.load(path, map_location="cpu")
-        return *state["base"], towers_of(state["modules"])
+        (base, pretrained), towers = state["base"], towers_of(state["modules"])
+        whole, weights = state["optimizer"] is None, state["weights"]
     except FileNotFoundError:
         fail(f"--model {path}: no such file. Checkpoints lie in runs/…/checkpoints/.")
     except Exception:  # torch.load raises what it likes at a file that is not its own
         fail(f"--model {path}: not a checkpoint of finetune.py. Name another file, or a model.")
+    if not whole:
+        fail(f"{path}: its training is not finished. Run finetune.py again, and it goes on.")
+    return base, pretrained, towers, weights
 
 
 def towers_of(state):

@@ -137,6 +137,8 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
         learner = Contrastive(contrastive_step, clip, mappers, config, dataset)
     else:
         learner = Towers(ce_step, clip, mappers, config, dataset)
+    if not any(parameter.requires_grad for parameter in learner.parameters()):
+        fail(f"{name}: --unlocked-groups and --lock-text leave nothing of it to train.")
     # what goes in, not what is computed from it, which differs in the last bits between machines
     config_hash = short_hash(
         config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
@@ -147,7 +149,11 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
     )
     path = checkpoint_path(config, name, seed)
     batches = batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved)
-    fit(learner, batches, steps_per_epoch, schedule, path, config_hash)
+    about = {
+        "base": clip.base, "weights": clip.weights, "fingerprint": clip.fingerprint,
+        "classes": dataset.classes,
+    }
+    fit(learner, batches, steps_per_epoch, schedule, path, config_hash, about)
     return learner
 
 

@@ -17,7 +17,7 @@ import data
 from config import parse, refuse_other
 from features import cached_features, encode_texts, load_clip, stamps, zero_shot_head
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
-from methods import recipes_of
+from methods import parse_recipe, recipes_of
 from report import results
 from utils import fail, only_one_process, short_hash, undamaged, write_atomically
 
@@ -161,7 +161,7 @@ def mapper_path(run, recipe_name, domain, seed):
     return run / "mappers" / f"{recipe_name}-{domain}-seed{seed}.pt"
 
 
-def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu"):
+def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu", words=None):
     """A trained Mapper, frozen; exits with status 2 if none has this CLIP and --mapper-steps."""
     path = mapper_path(config.run, recipe_name, domain, seed)
     if not path.exists():
@@ -171,48 +171,34 @@ def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu"):
         if state["fingerprint"] != fingerprint:
             fail(f"{path} is for another model. Run mapper.py again, or name another --run.")
         refuse_other(path, config, state.get("made_with", {}))
+        if words and words != state["words"]:
+            fail(f"{path}: captions or phrases were others then. Run mapper.py again.")
         width, dim = state["mapper"]["net.0.weight"].shape
         mapper = Mapper(dim, width).to(device)
         mapper.load_state_dict(state["mapper"])
     return mapper.requires_grad_(False)
 
 
-def style_path(config, dataset, clip, domain, seed):
-    """Where network and features for a target and a seed lie: elsewhere with any other input."""
-    source, phrases = config.source, dataset.meta.phrases
-    inputs = dataset.split(source, source, "train", seed), dataset.images[source]
-    key = clip.fingerprint, config.mapper_steps, phrases[source], phrases[domain]
-    key = short_hash(*key, *map(stamps, inputs))
-    return config.run / "mappers" / f"clipstyler-{domain}-seed{seed}-{key[:8]}.pt"
-
-
-def load_styled(config, dataset, clip, domain, seed, items):
-    """ẑ: (N, d) features of the source's `items`, repainted; exits with status 2 where none are."""
-    path = style_path(config, dataset, clip, domain, seed)
-    if not path.exists():
-        fail(f"{path} is not there. Make it: python clipstyler.py, with the same arguments.")
-    with undamaged(path, "Remove it, and run clipstyler.py again."):
-        z = torch.load(path, map_location=clip.device)["z"]
-    row = {location: i for i, (location, _) in enumerate(dataset.images[config.source])}
-    return z[[row[location] for location, _ in items]]
-
-
-class Repainted(nn.Module):
-    """In a mapper's place: ẑ, (N, d), of N images that were repainted before they were encoded."""
-
-    def __init__(self, z_hat):
-        super().__init__()
-        self.z_hat = nn.Parameter(z_hat, requires_grad=False)
-
-    def forward(self, z):
-        return self.z_hat
+def steering_texts(dataset, direction, domain, items):
+    """What is said of each item in the words of `domain`, for a recipe's direction: N strings."""
+    if direction == "caption":
+        return data.caption_texts(dataset, domain, items)
+    if direction == "class":
+        of_class = data.class_texts(dataset, domain)
+        return [of_class[label] for _, label in items]
+    return [dataset.meta.phrases[domain]] * len(items)
 
 
 def load_synthesiser(config, dataset, clip, recipe_name, domain, seed, items):
     """What makes ẑ^k of z, both (N, d), of the source's `items`, frozen: M_k, or CLIPstyler's."""
     if recipe_name == "clipstyler":
-        return Repainted(load_styled(config, dataset, clip, domain, seed, items))
-    return load_mapper(config, recipe_name, domain, seed, clip.fingerprint, clip.device)
+        from clipstyler import Repainted  # here, for it imports from this file
+
+        return Repainted(config, dataset, clip, domain, seed, items)
+    recipe, items = parse_recipe(recipe_name), dataset.trainable(config.source)
+    said = [steering_texts(dataset, recipe.direction, d, items) for d in (config.source, domain)]
+    which = config, recipe_name, domain, seed, clip.fingerprint, clip.device
+    return load_mapper(*which, words=short_hash(*said))
 
 
 def main():
@@ -225,19 +211,15 @@ def main():
     source, targets = config.source, dataset.styles(config.source)
     clip = load_clip(config)
     features_of = cached_features(clip, dataset, source, config.run)
-    class_text = zero_shot_head(clip, *data.prompt_templates(dataset, source)).to(clip.device)
+    classnames, templates = data.prompt_templates(dataset, source)
+    class_text = zero_shot_head(clip, classnames, templates).to(clip.device)
+    class_prompts = [template(name) for template in templates for name in classnames]
     everything = dataset.trainable(source)
     row = {location: i for i, (location, _) in enumerate(everything)}
     texts, words = {}, {}  # (direction, domain): t of every source image in the domain's words
     for direction in {recipe.direction for recipe in recipes.values()}:
         for domain in (source, *targets):
-            if direction == "caption":
-                prompts = data.caption_texts(dataset, domain, everything)
-            elif direction == "class":
-                of_class = data.class_texts(dataset, domain)
-                prompts = [of_class[label] for _, label in everything]
-            else:
-                prompts = [dataset.meta.phrases[domain]] * len(everything)
+            prompts = steering_texts(dataset, direction, domain, everything)
             words[direction, domain] = prompts
             texts[direction, domain] = encode_texts(clip, prompts).to(clip.device)
     neutral = [f"a photo of {data.article(name)}" for name in dataset.classnames]
@@ -260,12 +242,12 @@ def main():
         config_hash = short_hash(
             asdict(recipe), seed, config.mapper_steps, clip.fingerprint,
             *map(stamps, splits[seed].values()),
-            words[source_texts], words[target_texts], neutral, data.class_texts(dataset, source),
+            words[source_texts], words[target_texts], neutral, class_prompts,
         )
         path = mapper_path(config.run, name, domain, seed)
         with undamaged(path, "Remove it, and run mapper.py again."):
             state = torch.load(path) if path.exists() else {"config_hash": None}
-            there = state["config_hash"] == config_hash and state["statistics"]
+            there = state["config_hash"] == config_hash and state.get("words")
         if not there:
             parts = {}  # "train", "val": their rows of `every`
             for part, items in splits[seed].items():
@@ -284,7 +266,9 @@ def main():
             state = {
                 "statistics": statistics(mapper, z, t_s, t_k, recipe.sigma, seed),
                 "mapper": mapper.cpu().state_dict(), "config_hash": config_hash,
-                "fingerprint": clip.fingerprint, "made_with": {"mapper_steps": config.mapper_steps},
+                "fingerprint": clip.fingerprint,
+                "made_with": {"mapper_steps": config.mapper_steps, "source": source},
+                "words": short_hash(words[source_texts], words[target_texts]),
             }
             write_atomically(path, lambda new: torch.save(state, new))
         table.setdefault((name, domain), []).append(state["statistics"])

@@ -10,10 +10,11 @@ from distributed import average_gradients, ranks
 from utils import undamaged, write_atomically
 
 
-def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash):
+def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash, about):
     """Train `learner` (a Learner of strategies.py), or go on from a checkpoint of one config_hash.
 
-    batches: epoch -> iterator of what learner(batch) makes a loss of.
+    batches: epoch -> iterator of what learner(batch) makes a loss of. about: a dict, what else the
+    checkpoint is to say.
     Raises FloatingPointError at a loss or a weight that is not finite, naming the step.
     """
     parameters = [p for p in learner.parameters() if p.requires_grad]
@@ -52,9 +53,8 @@ def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash):
             learner.finish()
         if ranks()[0] == 0 and (done or learner.slow):
             state = {
-                "modules": learner.state_dict(), "epoch": epoch + 1, "config_hash": config_hash,
-                "base": learner.clip.base, "fingerprint": learner.clip.fingerprint,
-                "optimizer": None if done else optimizer.state_dict(),
+                **about, "modules": learner.state_dict(), "epoch": epoch + 1,
+                "config_hash": config_hash, "optimizer": None if done else optimizer.state_dict(),
             }
             write_atomically(checkpoint, lambda part: torch.save(state, part))
 

@@ -24,10 +24,10 @@ MEANS = ["ID", "OOD mean", "unseen mean"]
 NAMES = {"lr": "learning rate", "epochs": "epochs", "shots": "training images of each class"}
 
 
-def save(figure, path, **layout):
+def save(figure, path, otherwise=warn, **layout):
     figure.tight_layout(**layout)
     print(f"drawing {path}")
-    write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"), warn)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"), otherwise)
 
 
 def show(axis, location):
@@ -110,6 +110,8 @@ def means_of(rows, setting="lr"):
             mean = "ID" if domain == settings["source"] else domain
             at = settings.get(setting) or math.inf  # no limit
             points.append((label({**row, "alpha": 1}), row["alpha"], at, mean, row["value"]))
+    if not points:
+        fail("no accuracies are there yet: run evaluate.py first.")
     frame = pandas.DataFrame(points, columns=["method", "alpha", setting, "mean", "value"])
     frame = frame[frame["mean"].isin(MEANS)].dropna()
     return frame.pivot_table("value", ["method", "alpha", setting], "mean", sort=False)
@@ -169,7 +171,7 @@ def draw_against(setting, rows, path):
         axis.set(xlabel=NAMES[setting], ylabel=f"{mean}, accuracy in per cent")
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    save(figure, path)
+    save(figure, path, fail)
 
 
 def draw_strategies(rows, path):
@@ -205,7 +207,7 @@ def draw_strategies(rows, path):
     axis.set(xlabel="ID, accuracy in per cent", ylabel="OOD mean, accuracy in per cent")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    save(figure, path)
+    save(figure, path, fail)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ DEFAULTS = {
     "trained": "",  # zero-shot, and measures that are no accuracies: nothing
     "alpha": 1, "lambda_cap": 1, "lambda_ret": 1,
     "key": "",      # whatever changes when the value is to be measured anew
+    "tested": "",   # whatever changes when images, prompts or parts do
 }
 
 
@@ -93,9 +94,14 @@ def rows(run):
     path, found = Path(run) / "results.jsonl", []
     if path.exists():
         configs = settings_of(run)
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        with undamaged(path, "Check its permissions, or remove it, to measure all again."):
+            lines = path.read_text(errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
             with undamaged(f"{path}, line {number}", "Remove the line: it is measured again."):
                 shared = {**DEFAULTS, **json.loads(line), "line": number}
+                if shared["config"] not in configs:
+                    fail(f"{path.with_name('config.json')} lacks {shared['config']}, the settings "
+                         f"of line {number} of {path.name}. Put it back, or remove both files.")
                 shared["settings"] = configs[shared["config"]]
                 shared["block"] = block_of(shared["settings"], shared["measure"])
                 for domain, (value, n) in shared.pop("values").items():
@@ -106,9 +112,13 @@ def rows(run):
 def read(run):
     """Of rows about the same thing the last, in the order in which things came first.
 
+    Accuracies on other images than the last of a block are left out: no table compares the two.
     Exits with status 2 where there is none.
     """
-    found = {thing(row): row for row in rows(run)}
+    every = rows(run)
+    last = {row["block"]: row["tested"] for row in every if row["measure"] == "accuracy"}
+    found = {thing(row): row for row in every if last.get(row["block"]) in ("", row["tested"])
+             or row["measure"] != "accuracy"}
     if not found:
         path = Path(run) / "results.jsonl"
         fail(f"{path} is not there. Run something first: bash run_ldfs.sh pacs photo")

@@ -38,7 +38,7 @@ def read_meta(name, root="data"):
         if unknown := {*own} - keys:
             raise ValueError(f"{min(unknown)!r} is none of {', '.join(sorted(keys))}")
         return folder, Meta(**{**description, **own})
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         fail(f"{file} does not describe a data set: {one_line(error)}. DATA.md shows one.")
 
 
@@ -94,8 +94,15 @@ def read_classes(folder, part):
     classes, items = sorted(f.name for f in (folder / part).glob("*") if f.is_dir()), []
     for y, name in enumerate(classes):
         # No deeper, unlike torchvision's make_dataset: what lies there is thumbnails and copies
-        with os.scandir(folder / part / name) as entries:
-            found = [entry for entry in entries if entry.name.lower().endswith(IMAGE_ENDINGS)]
+        try:
+            with os.scandir(folder / part / name) as entries:
+                found = [entry for entry in entries if entry.name.lower().endswith(IMAGE_ENDINGS)]
+            "".join([name, *(entry.name for entry in found)]).encode()
+        except OSError as error:
+            fail(f"{folder / part / name}: unreadable ({error.strerror}). Check its permissions.")
+        except UnicodeEncodeError:
+            fail(f"{str(folder / part / name)!r}, or a file in it, has a name that is not UTF-8. "
+                 "Rename it.")
         if not found:
             fail(f"{folder / part / name} holds no images. Fill it, or remove the class from all.")
         for entry in found:  # a FIFO would hang, a link may lead nowhere
@@ -117,7 +124,10 @@ def read_domains(folder, meta):
         if odd := sorted({*found} ^ {*classes}):
             fail(f"{folder / domain} has other classes than {first}: not in both: {odd[:5]}.")
         if (file := folder / f"{domain}_test.txt").exists():  # a line: path, number of its class
-            lines = file.read_text().splitlines()
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+            except (OSError, ValueError) as error:
+                fail(f"{file} cannot be read ({one_line(error)}). Mend or remove it.")
             official[domain] = {re.sub(r" \d+$", "", line) for line in lines}
             if official[domain].isdisjoint(location.path for location, _ in images[domain]):
                 fail(f"{file} names no image of {folder / domain}. Put another there, or none.")

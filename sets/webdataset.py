@@ -39,7 +39,9 @@ def read_shard(path, text_ending="txt"):
             tar.fileobj.seek(end)
             if tar.fileobj.read().strip(b"\0"):
                 bad.append(damage.format(path.name, end))
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except OSError as error:  # of the disk, not of the shard: it may be whole the next time
+        fail(f"{path} cannot be read ({error.strerror}). Put it back, or check its permissions.")
+    except (tarfile.TarError, EOFError) as error:
         bad.append(f"{path.name} after {len(images)} images ({error})")
     bad += [f"{path.name}: {key} (no text)" for key in images if not texts.get(key)]
     whole = [key for key in images if texts.get(key)]

@@ -386,7 +386,7 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         {"path": at.file, "offset": at.offset, "size": at.size, "text": text, "queries": q}
         for (_, at, text, _), q in zip(read_shard(tmp_path / "pool.tar")[0], queries)
     ]
-    data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": ""}, *rows])
+    data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": "", "retrieved": 4}, *rows])
     config = SimpleNamespace(run=tmp_path)
     got = batches.load_retrieved(config, dataset, [photos[one]])
     assert [text for _, text in got] == ["text 1", "text 2", "text 3"]
@@ -396,11 +396,22 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         with pytest.raises(SystemExit):
             batches.load_retrieved(other, dataset, [photos[two]])
         assert reason in capsys.readouterr().err
-        data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 3}}, *rows[:2]])
+        data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 3}, "retrieved": 2}, *rows[:2]])
     other.k = 5  # finetune.py alone, with another flag than anchors.py had
     with pytest.raises(SystemExit):
         batches.load_retrieved(other, dataset, [photos[zero]])
     assert "retrieved.jsonl was made with --k 3. Say so" in capsys.readouterr().err
+    other.k = 3
+    (tmp_path / "pool.tar").unlink()
+    with pytest.raises(SystemExit):
+        batches.load_retrieved(other, dataset, [photos[zero]])
+    assert "pool.tar, a shard of the pool, is not there any more" in capsys.readouterr().err
+    lost = tmp_path / "lost" / "retrieved.jsonl"
+    lost.parent.mkdir()
+    data.write_rows(lost, [{"retrieved": 4}, *rows[:3]])
+    with pytest.raises(SystemExit):
+        batches.load_retrieved(SimpleNamespace(run=lost.parent), dataset, [photos[zero]])
+    assert f"{lost} is damaged" in capsys.readouterr().err
 
 
 def test_no_pool_is_one_line(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):

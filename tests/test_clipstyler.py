@@ -108,11 +108,11 @@ def test_elsewhere_it_is_refused_in_one_line(call, says, capsys):
 def test_features_come_in_the_order_asked_for(tiny_data, tmp_path, capsys):
     cfg, dataset = config.parse("", ["tiny", "photo", "--data", str(tiny_data), "--run", str(tmp_path)])
     clip, items = SimpleNamespace(fingerprint="CLIP's", device="cpu"), dataset.images["photo"]
-    load = lambda items: mapper.load_styled(cfg, dataset, clip, "sketch", 0, items)  # noqa: E731
+    load = lambda items: clipstyler.load_styled(cfg, dataset, clip, "sketch", 0, items)  # noqa: E731
     with pytest.raises(SystemExit):
         load(items)
     assert "Make it: python clipstyler.py" in capsys.readouterr().err
-    path = mapper.style_path(cfg, dataset, clip, "sketch", 0)
+    path = clipstyler.style_path(cfg, dataset, clip, "sketch", 0)
     path.parent.mkdir()
     torch.save({"z": torch.arange(30)}, path)
     assert load(items[::-3]).tolist() == list(range(29, -1, -3))

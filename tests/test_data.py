@@ -204,6 +204,10 @@ def test_bad_captions_are_refused(tiny_data, capsys):
     for line in ('{"path": "photo/dog/3.png"}', "[]", "3", "{", '{"path": [], "caption": "a"}'):
         file.write_text('{"path": "photo/cat/0.png", "caption": "a cat"}\n' + line + "\n")
         assert "line 2" in refused()
+    whole = "".join(json.dumps({"path": at.path, "caption": "a\u2028b"}, ensure_ascii=False) + "\r\n" for at, _ in photos)
+    file.write_bytes(whole.encode("utf-8-sig"))  # as some editors write it
+    assert data.captions(dataset, photos) == ["a\u2028b"] * 30
+    assert data.load("tiny", tiny_data, captions="").captions == file  # an unset shell variable
     file.write_bytes('{"path": "photo/cat/0.png", "caption": "café"}'.encode("latin-1"))
     assert "cannot be read ('utf-8' codec" in refused()
     file.unlink()
@@ -251,7 +255,7 @@ def test_what_is_no_description_is_refused(tiny_data, capsys, content, says):
     ("templates", {"photo": ["a {c}."]}, "its templates"),
     ("templates", {"photo": "a {}."}, "its templates"),
     ("templates", {"photo": [3]}, "expected string"),
-    ("schedules", {"head": {"lr": 1}}, "its schedules"),
+    ("schedules", {"head": {"lr": 1}}, "its schedules"), ("k", 0, "its k is below 1"),
     ("frozen_stages", 6, "'frozen_stages' is none of"),
     ("made_by", "python -c 1", "'made_by' is none of"),  # nobody's code but ours is run
     ("model", 3, "model cannot be 3"),
@@ -455,6 +459,13 @@ def test_an_official_list_must_be_of_these_files(tmp_path, capsys):
     test = dataset.split("real", "real", "test", 0)
     assert paths(test) == ["real/Alarm_Clock/3.jpg", "real/Alarm_Clock/4.jpg"]
     assert len(dataset.trainable("real")) == 8
+    file.write_bytes(b"real/Caf\xe9/3.jpg 0\n")
+    assert f"{file} cannot be read" in refusal(capsys, lambda: data.load("domainnet", tmp_path))
+    file.write_text("".join(f"{path}\n" for path in paths(dataset.images["real"])))
+    argv = ["domainnet", "real", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        config.parse("", argv)
+    assert "real_test.txt leaves no image to train on" in capsys.readouterr().err
     file.write_text("real/x/real_1.jpg 0\n")
     said = refusal(capsys, lambda: data.load("domainnet", tmp_path))
     assert f"{file} names no image" in said

@@ -12,6 +12,7 @@ import config
 import data
 import evaluate
 import quality
+from report import results
 
 
 def by_class(dataset, domain, items):
@@ -171,6 +172,10 @@ def test_unfinished_or_foreign_checkpoints_are_refused(run, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             run(evaluate.main, "--methods", "finetune")
         assert stop.value.code == 2 and "unfinished, or of another model" in capsys.readouterr().err
+    torch.save(whole | {"classes": ["cat", "dog", "zebra"]}, path)
+    with pytest.raises(SystemExit):
+        run(evaluate.main, "--methods", "finetune")
+    assert "trained on other classes" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(SystemExit):
         run(evaluate.main, "--methods", "finetune")
@@ -200,6 +205,28 @@ def test_what_is_measured_is_not_measured_again_but_changed_images_are(
         image.write_bytes(sketches[0].read_bytes())
     run(evaluate.main, *methods)
     assert rows_of(tmp_path) != first
+
+
+def test_other_test_parts_are_measured_anew_and_no_table_mixes_them(run, tiny_data, tmp_path):
+    """… neither those of a list, nor of things that are the same in all domains."""
+    import finetune
+
+    def tested(*methods):
+        run(finetune.main, "--methods", *methods)
+        run(evaluate.main, "--methods", *methods)
+        rows = [r for r in results.read(tmp_path / "run") if r["domain"] == "sketch" and not r["trained"]]
+        assert {r["tested"] for r in rows} == {rows[0]["tested"]}
+        return [(r["method"], r["n"]) for r in rows if r["measure"] == "accuracy"]
+
+    assert tested("finetune") == [("zero-shot", 30)]
+    (tiny_data / "tiny" / "sketch_test.txt").write_text("sketch/cat/0.png\nsketch/dog/0.png\n")
+    assert tested("finetune") == [("zero-shot", 2)]
+    both = {row["method"] for row in results.read(tmp_path / "run")}
+    (tiny_data / "tiny" / "sketch_test.txt").unlink()
+    about = tiny_data / "tiny" / "dataset.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"same_stem_same_thing": True}))
+    assert tested("coop") == [("zero-shot", 9)]
+    assert "finetune" in both and "finetune" not in {r["method"] for r in results.read(tmp_path / "run")}
 
 
 def test_heads_and_unseen_classes_are_in_the_sources_words(tiny_data, tiny_clip, tmp_path):

@@ -28,7 +28,7 @@ READERS = {  # file: (what reads it, from a folder, what else its message says)
         lambda run: mapper.load_mapper(SimpleNamespace(run=run), "ldfs", "sketch", 0, "CLIP's"), "run mapper.py again",
     ),
     "checkpoint.pt": (
-        lambda run: training.fit(LEARNER, None, 1, Schedule(1, 1, 1), run / "checkpoint.pt", ""),
+        lambda run: training.fit(LEARNER, None, 1, Schedule(1, 1, 1), run / "checkpoint.pt", "", {}),
         "train anew",
     ),
     "results.jsonl": (results.rows, "line 1"),

@@ -272,9 +272,19 @@ def test_a_data_set_may_bring_its_schedule_and_flags_come_first(tiny_data, tiny_
     common = ["tiny", "photo", "--data", str(tiny_data), "--run", str(tmp_path / "run")]
     schedule = config.parse("", [*common, "--lr", "0.25"])[0].schedules["linear"]
     assert (schedule.lr, schedule.epochs, schedule.batch_size) == (0.25, 2, 256)
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"schedules": {"linear": {"rate": 1}}}))
+    for bad in (
+        {"rate": 1}, {"epochs": 1.5}, {"batch_size": True}, {"lr": "1"}, {"weight_decay": -1}, {"warmup": 2},
+        {"weight_decay": None}, {"max_norm": -1}, {"lr": float("nan")},
+    ):
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"schedules": {"linear": bad}}))
+        with pytest.raises(SystemExit):
+            config.parse("", common)
+
+
+def test_that_nothing_is_left_to_train_is_one_line(world, capsys):
     with pytest.raises(SystemExit):
-        config.parse("", common)
+        world.run("clipood", unlocked_groups=0)
+    assert "clipood: --unlocked-groups and --lock-text leave nothing" in capsys.readouterr().err
 
 
 def test_settings_are_frozen_and_their_id_is_what_a_result_hangs_on(tiny_data, tiny_clip, tmp_path):
@@ -619,6 +629,21 @@ def test_an_exported_model_is_what_open_clip_loads(world, tmp_path, capsys):
         with pytest.raises(SystemExit):
             export.export(str(world.path), tmp_path / folder)
     assert "has files already" in (said := capsys.readouterr().err) and "no tower" in said
+    world.run("flyp")
+    whole = torch.load(world.path)
+    for change, says in (
+        ({"optimizer": {}}, "its training is not finished"), ({"weights": "others"}, "has other weights than"),
+        ({"base": ("local-dir:/nowhere", None)}, "not there (Directory specified"),
+    ):
+        torch.save(whole | change, world.path)
+        with pytest.raises(SystemExit):
+            export.export(str(world.path), tmp_path / "new")
+        assert says in capsys.readouterr().err and not (tmp_path / "new").exists()
+    torch.save(whole, world.path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        export.export(str(world.path), tmp_path / "file")
+    assert "file: could not be written (Not a directory)" in capsys.readouterr().err
 
 
 def prompt(world, train="cocoop", step=ce_step):

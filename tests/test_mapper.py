@@ -186,13 +186,21 @@ def test_a_mapper_of_another_length_is_refused(tmp_path, capsys):
     path = mapper.mapper_path(tmp_path, "ldfs", "sketch", 0)
     path.parent.mkdir()
     for made, asked, says in ((7, None, "--mapper-steps 7"), (None, 7, "no --mapper-steps"), (7, 7, "")):
-        state = {"mapper": Mapper(4).state_dict(), "fingerprint": "CLIP's"}
-        torch.save({**state, "made_with": {"mapper_steps": made}}, path)
-        config = SimpleNamespace(run=tmp_path, mapper_steps=asked)
+        state = {"mapper": Mapper(4).state_dict(), "fingerprint": "CLIP's", "words": "a caption"}
+        torch.save({**state, "made_with": {"mapper_steps": made, "source": "photo"}}, path)
+        config = SimpleNamespace(run=tmp_path, mapper_steps=asked, source="photo")
         if says:
             with pytest.raises(SystemExit):
                 mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's")
             assert f"{path} was made with {says}. Say so" in capsys.readouterr().err
+    config.source = "cartoon"
+    with pytest.raises(SystemExit):
+        mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's")
+    assert f"{path} was made with the source photo." in capsys.readouterr().err
+    config.source = "photo"
+    with pytest.raises(SystemExit):
+        mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's", words="another caption")
+    assert f"{path}: captions or phrases were others then" in capsys.readouterr().err
     assert mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's").net[0].in_features == 4
 
 

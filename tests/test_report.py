@@ -86,6 +86,21 @@ def test_what_is_there_is_not_appended_again_but_what_changed_is(tmp_path, monke
     assert results.read(tmp_path)[0]["settings"]["commit"] == "another"
 
 
+def test_rows_without_their_settings_are_named(tmp_path, capsys):
+    results.append(config(tmp_path), [{"method": "ldfs", "domain": "photo", "value": 1}])
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        results.read(tmp_path)
+    assert stop.value.code == 2 and "config.json lacks" in capsys.readouterr().err
+
+
+def test_figures_of_no_accuracies_are_refused(tmp_path, capsys):
+    results.append(config(tmp_path), [{"method": "ldfs", "domain": "photo", "value": 1, "measure": "spread"}])
+    with pytest.raises(SystemExit):
+        figures.draw_against("lr", results.read(tmp_path), tmp_path / "a.png")
+    assert "no accuracies are there yet" in capsys.readouterr().err
+
+
 def test_of_a_stage_run_twice_the_last_result_counts(tmp_path):
     row = {"method": "ldfs", "domain": "photo", "value": 1}
     for value, more in ((1, {}), (2, {}), (3, {"train": "towers"}), (4, {"k": 10})):
@@ -231,7 +246,7 @@ def test_the_curve_is_of_the_weights_in_between_whatever_was_measured_since(tmp_
     probe = scored("ldfs", {"photo": [1], "OOD mean": [1]})
     results.append(config(tmp_path, train="linear"), probe)
     drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path, *_: drawn.append(figure))
     figures.draw_curve(results.read(tmp_path), tmp_path / "curve.png")
     [axis] = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
@@ -257,7 +272,7 @@ def test_accuracy_against_a_setting_of_the_towers(tmp_path, monkeypatch, setting
         schedules = {**SETTINGS["schedules"], "towers": towers}
         between_the_weights(tmp_path / f"{value}", schedules=schedules)
     drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path, *_: drawn.append(figure))
     rows = [row for value in values for row in results.read(tmp_path / f"{value}")]
     figures.draw_against(setting, rows, tmp_path / "rates.png")
     of_id, of_ood = drawn[0].axes
@@ -275,7 +290,7 @@ def test_arrows_go_from_a_strategy_without_to_the_same_with_synthesised_features
         domains = {"photo": [of_id - 1, of_id + 1], "OOD mean": [ood, ood]}
         results.append(config(tmp_path), scored(method, domains))
     drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(figures, "save", lambda figure, path, *_: drawn.append(figure.axes[0]))
     figures.draw_strategies(results.read(tmp_path), tmp_path / "arrows.png")
     arrows = [(text.xyann, text.xy) for text in drawn[0].texts]
     assert arrows == [((3, 4), (5, 6)), ((3, 4), (7, 8))]
