@@ -11,7 +11,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from utils import ROOT, fail, short_hash, undamaged, write_atomically
+from utils import ROOT, fail, short_hash, undamaged, warn, write_atomically
 
 DEFAULTS = {
     "measure": "accuracy", "split": "test", "seed": 0, "n": 0, "value": None,
@@ -117,8 +117,10 @@ def read(run):
     """
     every = rows(run)
     last = {row["block"]: row["tested"] for row in every if row["measure"] == "accuracy"}
-    found = {thing(row): row for row in every if last.get(row["block"]) in ("", row["tested"])
-             or row["measure"] != "accuracy"}
+    found = {thing(row): row for row in every if row["measure"] != "accuracy"
+             or last[row["block"]] in ("", row["tested"])}
+    if outdated := {thing(row) for row in every} - found.keys():
+        warn(f"{run}: {len(outdated)} accuracies on other images, prompts or parts are left out")
     if not found:
         path = Path(run) / "results.jsonl"
         fail(f"{path} is not there. Run something first: bash run_ldfs.sh pacs photo")

@@ -86,6 +86,16 @@ def test_what_is_there_is_not_appended_again_but_what_changed_is(tmp_path, monke
     assert results.read(tmp_path)[0]["settings"]["commit"] == "another"
 
 
+def test_accuracies_on_other_images_than_the_last_are_left_out(tmp_path, capsys):
+    row = {"domain": "photo", "value": 1}
+    for method, tested, more in (("old", "a", {}), ("ldfs", "a", {}), ("ldfs", "b", {}), ("old", "a", {"k": 10})):
+        results.append(config(tmp_path, **more), [{**row, "method": method, "tested": tested, "key": tested}])
+    results.append(config(tmp_path), [{**row, "method": "old", "measure": "spread"}])
+    kept = [(r["method"], r["tested"], r["measure"]) for r in results.read(tmp_path)]
+    assert kept == [("ldfs", "b", "accuracy"), ("old", "a", "accuracy"), ("old", "", "spread")]
+    assert "1 accuracies on other images" in capsys.readouterr().err
+
+
 def test_rows_without_their_settings_are_named(tmp_path, capsys):
     results.append(config(tmp_path), [{"method": "ldfs", "domain": "photo", "value": 1}])
     (tmp_path / "config.json").unlink()
