@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import features
 import utils
 from batches import image_batches, in_order
 from config import flags, parse
-from distributed import barrier, first_alone, leave, ranks, the_device
+from distributed import barrier, first_alone, leave, progress, ranks, the_device
 from features import load_captioner
 from report import results
 from sets.folders import shards_of
@@ -110,7 +109,7 @@ def write_captions(config, items, class_prompts, name, by, part):
     decoding = config.prompt, config.beams, config.max_tokens
     with utils.writing(part), part.open("a", buffering=1) as file:  # line by line
         batches = in_order(len(items), config.caption_batch)
-        for indices in tqdm(batches, desc="captions", disable=ranks()[0] > 0):
+        for indices in progress(batches, desc="captions"):
             batch, images = [items[i] for i in indices], []
             for location, _ in batch:
                 try:
@@ -221,7 +220,7 @@ def retrieve(config, dataset):
     clip, cache = features.load_clip(config), config.run.parent / ".features"
     names, queries = first_alone(lambda: queries_of(config, dataset, clip))
     hashed = short_hash(queries)
-    for shard in tqdm(shards[rank::world], desc="searching the pool", disable=rank > 0):
+    for shard in progress(shards[rank::world], desc="searching the pool"):
         search_shard(clip, shard, cache, queries, config.k, hashed)
     barrier()
     if rank > 0:

@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 
 import torch
+from tqdm import tqdm
 
 from utils import fail
 
@@ -50,6 +51,11 @@ def leave():
     if ranks()[1] > 1:
         barrier()
         torch.distributed.destroy_process_group()
+
+
+def progress(*arguments, **more):
+    """tqdm's bar, which the first process alone shows; TQDM_DISABLE=1 hides it, too."""
+    return tqdm(*arguments, **more, **({"disable": True} if ranks()[0] > 0 else {}))
 
 
 def share(n):

@@ -15,12 +15,11 @@ from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from batches import batches_of, load_retrieved
 from config import parse
-from distributed import first_alone, gathered, leave, ranks
+from distributed import first_alone, gathered, leave, progress, ranks
 from features import cached_features, load_clip, stamps, zero_shot_head
 from losses import clip_contrastive
 from mapper import load_synthesiser
@@ -159,11 +158,11 @@ def finetune(clip, dataset, config, name, method, seed, init=None):
 
 def main():
     config, dataset = parse(__doc__)
-    rank, world = ranks()
+    world = ranks()[1]
     clip = load_clip(config)
     original = {k: v.clone() for k, v in clip.model.state_dict().items()}
     jobs = [(seed, name) for seed in range(config.seeds) for name in config.methods]
-    for seed, name in (bar := tqdm(jobs, desc="finetuning", unit="run", disable=rank > 0)):
+    for seed, name in (bar := progress(jobs, desc="finetuning", unit="run")):
         bar.set_postfix_str(f"{name}, seed {seed}")
         clip.model.load_state_dict(original)
         try:

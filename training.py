@@ -4,9 +4,8 @@ import math
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
-from distributed import average_gradients, ranks
+from distributed import average_gradients, progress, ranks
 from utils import undamaged, write_atomically
 
 
@@ -30,8 +29,8 @@ def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash, ab
                 if first < schedule.epochs:
                     optimizer.load_state_dict(state["optimizer"])
             del state
-    epochs, silent = range(first, schedule.epochs), ranks()[0] > 0
-    for epoch in tqdm(epochs, checkpoint.stem, unit="epoch", leave=False, disable=silent):
+    epochs = range(first, schedule.epochs)
+    for epoch in progress(epochs, checkpoint.stem, unit="epoch", leave=False):
         for step, batch in enumerate(batches(epoch), epoch * steps_per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, last, schedule)

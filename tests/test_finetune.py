@@ -598,6 +598,14 @@ def test_several_processes_train_as_one(anchored, tiny_data, tiny_clip, tmp_path
                 assert torch.allclose(weight, several[name], atol=1e-5, rtol=0), (path.name, n, name)
 
 
+def test_the_first_process_alone_shows_a_bar_unless_the_environment_says_otherwise(monkeypatch):
+    """… which it does to a bar that is not told `disable`."""
+    monkeypatch.setattr(distributed, "tqdm", lambda *args, **more: more)
+    assert distributed.progress([1], "bar", leave=False) == {"leave": False}
+    monkeypatch.setattr(distributed, "ranks", lambda: (1, 2))
+    assert distributed.progress([1], "bar", leave=False) == {"leave": False, "disable": True}
+
+
 def test_a_stalled_process_is_noticed_in_minutes_and_a_barrier_waits(monkeypatch):
     calls = []
     for name in ("init_process_group", "new_group", "barrier"):
