@@ -155,6 +155,13 @@ def learn_pairs(model, tokenize, pairs, class_of, epochs, folder):
     fit("clip", model, groups, len(pairs), epochs, loss_of, folder, key, frozen)
 
 
+def save_weights(model, folder):
+    """Write a model's weights, in half precision, where open_clip looks for a local-dir's."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    save = functools.partial(save_file, {k: v.contiguous() for k, v in state.items()})
+    write_atomically(folder / "open_clip_model.safetensors", save)
+
+
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of all data sets")
@@ -187,9 +194,7 @@ def main():
         keys[word["set"]].append(word["key"])
     rows = [f"{json.dumps(source)}:{json.dumps(sorted(keys[source]))}" for source in keys]
     (CLIP / "pretrained_on.json").write_text("{" + ",\n".join(rows) + "}\n")
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save = functools.partial(save_file, {k: v.contiguous() for k, v in state.items()})
-    write_atomically(CLIP / "open_clip_model.safetensors", save)
+    save_weights(model, CLIP)
 
 
 if __name__ == "__main__":

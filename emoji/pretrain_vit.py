@@ -8,18 +8,16 @@ to see what emoji/clip sees on the pool, and keeps its text tower.
 augmented anew, say more: distillation (arXiv 1503.02531), here of features as they are compared.
 """
 
-import functools
 import json
 import shutil
 from pathlib import Path
 
 import open_clip
 import torch
-from safetensors.torch import save_file
 
 from config import Parser, number
 from emoji import draw
-from emoji.pretrain_clip import CLIP, augment, fit, pixels
+from emoji.pretrain_clip import CLIP, augment, fit, pixels, save_weights
 from utils import short_hash, write_atomically
 
 VIT = {"image_size": draw.SIZE, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64}
@@ -57,9 +55,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CLIP / name, folder / name)
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save = functools.partial(save_file, {k: v.contiguous() for k, v in state.items()})
-    write_atomically(folder / "open_clip_model.safetensors", save)
+    save_weights(model, folder)
     text = json.dumps(config, indent=1) + "\n"
     write_atomically(folder / "open_clip_config.json", lambda part: part.write_text(text))
 
