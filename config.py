@@ -179,12 +179,16 @@ class Config:
 
 
 def refuse_other(path, config, made_with):
-    """Exit with status 2 where the file `path` was made with other flags than are asked for."""
-    others = {k.replace("_", "-"): v for k, v in made_with.items() if getattr(config, k) != v}
+    """Exit with status 2 where the file `path` was made with other settings than are asked for."""
+
+    def said(name, value):
+        flag = "the source" if name == "source" else f"--{name.replace('_', '-')}"
+        return f"no {flag}" if value is None else f"{flag} {value}"
+
+    others = [said(k, v) for k, v in made_with.items() if getattr(config, k) != v]
     if others:
-        said = ", ".join(f"no --{k}" if v is None else f"--{k} {v}" for k, v in others.items())
-        said = said.replace("--source", "the source")
-        fail(f"{path} was made with {said}. Say so, or make it again with what you ask for.")
+        made = ", ".join(others)
+        fail(f"{path} was made with {made}. Say so, or make it again with what you ask for.")
 
 
 def parse(doc, argv=None):
@@ -204,13 +208,12 @@ def parse(doc, argv=None):
         fail(f"{dataset.name}'s {source} is to be tested on alone. Finetune on another: {first}.")
     if not dataset.trainable(source):
         fail(f"{dataset.folder}/{source}_test.txt leaves no image to train on. Shorten it.")
-    if not dataset.styles(source):  # nothing to tell a mapper
-        if recipes_of(methods):
-            fail(
-                f"{dataset.name}: its domains are all called {dataset.meta.phrases[source]!r}: no "
-                "text points from one to another. Leave out lads and ldfs, or give them phrases "
-                "in a dataset.json (see data.py)."
-            )
+    if recipes_of(methods) and not dataset.styles(source):  # nothing to tell a mapper
+        fail(
+            f"{dataset.name}: its domains are all called {dataset.meta.phrases[source]!r}: no text "
+            "points from one to another. Leave out lads and ldfs, or give them phrases in a "
+            "dataset.json (see data.py)."
+        )
     resolved = {
         "source": source, "data": Path(args.data), "methods": methods, "train": train,
         "run": Path(args.run or f"runs/{args.dataset}-{source.replace(' ', '_')}"),

@@ -139,7 +139,7 @@ def load_clip(config):
     model.eval().requires_grad_(False)
     parts = model, preprocess, augment, tokenizer, device, config.model, (base, pretrained)
     clip = Clip(*parts, weights=weights, micro_batch=config.micro_batch)
-    clip.fingerprint = fingerprint(clip)
+    clip.fingerprint = fingerprint(clip, weights if tuned is None else None)
     return clip
 
 
@@ -191,9 +191,13 @@ def hash_of(model):
     return short_hash([*model.state_dict().values()])
 
 
-def fingerprint(clip):
-    """A hash of the model: its name, architecture, weights, preprocessing and precision."""
-    how = str(clip.model), hash_of(clip.model), str(clip.preprocess), str(precision(clip.device))
+def fingerprint(clip, weights=None):
+    """A hash of the model: its name, architecture, weights, preprocessing and precision.
+
+    weights: `hash_of` it, which takes a while of a large one, where that is known.
+    """
+    weights = weights or hash_of(clip.model)
+    how = str(clip.model), weights, str(clip.preprocess), str(precision(clip.device))
     return short_hash(clip.name, *how)
 
 
