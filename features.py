@@ -2,8 +2,8 @@
 data set's features.
 """
 
+import contextlib
 import functools
-import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from batches import image_batches, in_order
 from distributed import the_device
-from utils import cached, fail, from_root, one_line, short_hash
+from utils import cached, damaged_copy, fail, from_root, one_line, short_hash
 
 
 @dataclass
@@ -50,7 +50,12 @@ class Clip:
         once.
         """
         unique, back = tokens.unique(dim=0, return_inverse=True)
-        return self.encode(self.model.encode_text, unique.to(self.device))[back.to(self.device)]
+
+        def tower(unique):  # also where micro-batches are computed again
+            with cropped(self.model, tokens):
+                return self.model.encode_text(unique)
+
+        return self.encode(tower, unique.to(self.device))[back.to(self.device)]
 
     def encode(self, tower, x):
         """tower(x), unit norm; in training `micro_batch` rows at a time, whose activations are not
@@ -68,6 +73,30 @@ class Clip:
         if len(x) <= n or not torch.is_grad_enabled():
             return features(x)
         return torch.cat([checkpoint(features, part, use_reentrant=False) for part in x.split(n)])
+
+
+@contextlib.contextmanager
+def cropped(model, tokens):
+    """Within it open_clip's text tower leaves out the padding that all texts, tokens (N, L), share.
+
+    It changes nothing but rounding: where a tower is causal, no token sees those behind it, and the
+    feature is the end token's. Other towers are left alone.
+    """
+    text = getattr(model, "text", model)
+    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    differ = (tokens != tokens[:, -1:]).any(0).nonzero()
+    end = differ.max().item() + 2 if len(differ) else 1
+
+    def crop(module, args, kwargs):
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.ndim == 2 and pool in ("argmax", "eos"):
+            return (args[0][:, :end],), {**kwargs, "attn_mask": mask[:end, :end]}
+
+    hook = text.transformer.register_forward_pre_hook(crop, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def precision(device):
@@ -147,23 +176,6 @@ def place_of(model):
     """A model's name, of a local-dir: what a description names from the root, too."""
     _, schema, path = model.rpartition("local-dir:")
     return schema + from_root(path)
-
-
-def damaged_copy(repository):
-    """What to do about a file of a model in the hub's cache that is not what its name, a SHA-256,
-    says; "" where there is none.
-    """
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")
-    for path in folder.glob("?" * 64):
-        sha = hashlib.sha256()
-        with path.open("rb") as file:
-            for chunk in iter(lambda: file.read(2**20), b""):
-                sha.update(chunk)
-        if sha.hexdigest() != path.name:
-            return f"Delete {path}, which is damaged, and it is fetched again."
-    return ""
 
 
 def load_captioner(name, device):

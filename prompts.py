@@ -10,6 +10,7 @@ import contextlib
 import torch
 import torch.nn as nn
 
+from features import cropped
 from strategies import Learner
 from utils import fail
 
@@ -64,14 +65,7 @@ class CoOp(Learner):
 
     def encode(self, vectors, tokens):
         """t: (N, d), unit norm, of prompts (N, L), with vectors (M, width) or (N, M, width)."""
-        # a causal tower never sees past a text's end: padding that all texts share is cropped
-        end = (tokens != tokens[:, -1:]).any(0).nonzero().max().item() + 2
-        text, tokens = text_tower(self.clip), tokens.to(self.clip.device)
-
-        def crop(module, args, kwargs):
-            mask = kwargs.get("attn_mask")
-            if mask is not None and mask.ndim == 2:
-                return (args[0][:, :end],), {**kwargs, "attn_mask": mask[:end, :end]}
+        text = text_tower(self.clip)
 
         def tower(rows):  # with its hooks, for micro-batches are computed again
             each = vectors[rows] if vectors.ndim == 3 else vectors
@@ -81,10 +75,10 @@ class CoOp(Learner):
 
             with (
                 text.token_embedding.register_forward_hook(learned),
-                text.transformer.register_forward_pre_hook(crop, with_kwargs=True),
+                cropped(self.clip.model, tokens),
                 self.deeper(text),
             ):
-                return self.clip.model.encode_text(tokens[rows])
+                return self.clip.model.encode_text(tokens[rows].to(self.clip.device))
 
         return self.clip.encode(tower, torch.arange(len(tokens), device=self.clip.device))
 

@@ -115,6 +115,23 @@ def undamaged(file, remedy):
         fail(f"{file} is damaged ({type(error).__name__}). {remedy}")
 
 
+def damaged_copy(repository):
+    """What to do about a file of a model in the hub's cache that is not what its name, a SHA-256,
+    says; "" where there is none.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")
+    for path in folder.glob("?" * 64):
+        sha = hashlib.sha256()
+        with path.open("rb") as file:
+            for chunk in iter(lambda: file.read(2**20), b""):
+                sha.update(chunk)
+        if sha.hexdigest() != path.name:
+            return f"Delete {path}, which is damaged, and it is fetched again."
+    return ""
+
+
 def cached(path, make):
     """What make() gives, as torch.save keeps it in `path`; made anew where that is damaged."""
     import torch  # here, for it takes seconds, and not all scripts need it

@@ -324,6 +324,28 @@ def test_features_are_unit_norm_in_order_and_of_each_text_its_own(tiny_data, tin
         assert (len({transform(image).numpy().tobytes() for _ in range(20)}) == 1) == same
 
 
+@pytest.mark.parametrize("kind, text, length", [
+    ("CLIP", {}, 6), ("CLIP", {"pool_type": "eos", "eos_id": 49407}, 6),
+    ("CustomTextCLIP", {}, 6), ("CustomTextCLIP", {"pool_type": "last"}, 12),
+    ("CustomTextCLIP", {"no_causal_mask": True, "pool_type": "last"}, 12),
+    ("CustomTextCLIP", {"embed_cls": True}, 13),
+])
+def test_shared_padding_is_left_out_where_that_changes_nothing(tiny_clip, kind, text, length):
+    """In causal towers whose feature is the end token's; end: "a red dog" and two more, and one."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 12, "width": 32, "heads": 2, "layers": 2, **text}
+    torch.manual_seed(0)
+    model = getattr(open_clip, kind)(embed_dim=32, vision_cfg=vision, text_cfg=text).eval()
+    tokens = open_clip.get_tokenizer(tiny_clip)(["a dog", "a red dog", "a dog"])
+    clip = features.Clip(model, None, None, None, torch.device("cpu"), "tiny")
+    tower, seen = getattr(model, "text", model).transformer, []
+    tower.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    assert torch.allclose(clip.encode_text(tokens), model.encode_text(tokens, True), atol=1e-6)
+    assert seen == [length, max(12, length)] and not tower._forward_pre_hooks
+    same = torch.full((2, 12), 7)  # nothing but padding
+    assert torch.allclose(clip.encode_text(same), model.encode_text(same, True), atol=1e-6)
+
+
 @pytest.mark.parametrize("caption, content", [
     ("a photo of two dogs", "two dogs"), ("a black and white sketch of a dog", "a dog"),
     ("A 3D render of an ox", "an ox"), ("a photo", "a photo"), ("a dog", "a dog"),

@@ -160,7 +160,7 @@ def test_finetuning_learns_the_source(world):
 def test_both_starts_of_the_head_differ_and_are_seeded(world, tmp_path):
     still = Schedule(1, 18, 0.0)
     text = world.run(schedule=still, init="text")["head.weight"]
-    assert torch.allclose(text, features.encode_texts(world.clip, data.class_texts(world.dataset, "photo")))
+    assert torch.allclose(text, features.encode_texts(world.clip, data.class_texts(world.dataset, "photo")), atol=1e-6)
     scratch = [
         world.run(schedule=still, seed=seed, run=tmp_path / str(n))["head.weight"]
         for n, seed in enumerate((0, 0, 1))
