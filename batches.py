@@ -146,7 +146,7 @@ def batches_of(clip, dataset, config, method, seed, items, z_all, captions, retr
         whole = [labels[rows].to(clip.device) for rows in order]                       # (B,) each
         if z_all is not None:
             for y, rows in zip(whole, order):
-                yield Batch(y, z_all[:, rows[share(len(rows))]])
+                yield Batch(y, z_all.index_select(1, rows[share(len(rows))].to(z_all.device)))
             return
         if method.retrieved:
             numbers = range(epoch * steps, (epoch + 1) * steps)

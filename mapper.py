@@ -11,6 +11,7 @@ from dataclasses import asdict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 from tqdm import tqdm
 
 import data
@@ -23,7 +24,7 @@ from utils import fail, only_one_process, short_hash, undamaged, write_atomicall
 
 
 class Mapper(nn.Module):
-    """M_k: ẑ = norm( W₂ ReLU( W₁ z ) ), (B, d) -> (B, d), unit norm.
+    """M_k: ẑ = norm( W₂ ReLU( W₁ z ) ), (B, d) -> (B, d), of unit norm unless unit=False.
 
     CHOICE: LADS's network, two linear layers of width 384 without a residual connection, so that
     the comparison is of losses alone; alternative: z + M(z), which starts at ẑ = z.
@@ -34,8 +35,9 @@ class Mapper(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
 
-    def forward(self, z):
-        return F.normalize(self.net(z), dim=-1)
+    def forward(self, z, unit=True):
+        output = self.net(z)
+        return F.normalize(output, dim=-1) if unit else output
 
 
 def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, generator):
@@ -57,79 +59,70 @@ def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, g
     return loss
 
 
-def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_weight):
-    """L = ½ [ 1 − cos( M(z) − z, Δt ) ] + ½ CE( norm(M(z)) · Tᵀ, y ), LADS's mapper as published.
-
-    The direction is that of the network's unnormalised output; class_weight: (C,), of the classes.
-    Source: LADS (Dunlap et al., ICLR 2023) and its public code.
+def new_mappers(count, dim, seed, device):
+    """A Mapper, whose start depends on the seed alone, and the weights of `count` that start like
+    it, to be trained as one: {name: (K, …)}.
     """
-    output = mapper.net(z)                                                                 # (B, d)
-    direction = local_adaptation(z, output, text_source, text_target)
-    logits = F.normalize(output, dim=-1) @ class_text.T                                    # (B, C)
-    return (direction + F.cross_entropy(logits, labels, class_weight)) / 2
-
-
-def new_mapper(dim, seed, device):
-    """A Mapper whose start depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Mapper(dim).to(device)
+        mapper = Mapper(dim).to(device)
+    start = {name: p.detach().expand(count, *p.shape) for name, p in mapper.named_parameters()}
+    return mapper, {name: p.clone().requires_grad_() for name, p in start.items()}
 
 
-def train_lads(train, val, class_text, seed=0, epochs=50, batch_size=256):
-    """Train LADS's mapper as its public code does: of 50 epochs at a constant rate the best stays.
+def each(mapper, weights, text_targets, loss):
+    """(K,): loss(M_k, t^k) of all targets at once, by torch.vmap. text_targets: t^k, (K, B, d).
 
-    train, val: (z, labels, text_source, text_target), as in `train_mapper`; the best is by val, or
-    by train where there is none. lr and weight decay: LADS searches; these are its base's.
+    What the loss draws (ε) is the same for all, as if each were trained alone with this seed.
     """
-    mapper = new_mapper(train[0].shape[1], seed, train[0].device)
-    generator = torch.Generator(train[0].device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(mapper.parameters(), lr=0.005, weight_decay=0.05, eps=1e-6)
-    class_weight = 1 / train[1].bincount(minlength=len(class_text)).clamp(min=1)
-    judged, best, state = val if len(val[0]) else train, float("inf"), None
-    for _ in range(epochs):
-        order = torch.randperm(len(train[0]), generator=generator, device=train[0].device)
-        for i in order.split(batch_size):
-            loss = lads_loss(mapper, *(x[i] for x in train), class_text, class_weight)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            loss = lads_loss(mapper, *judged, class_text, class_weight).item()
-        if loss < best:
-            best, state = loss, {k: v.clone() for k, v in mapper.state_dict().items()}
-    if state is None:
-        raise FloatingPointError("the loss was never finite")
-    mapper.load_state_dict(state)
-    return mapper.requires_grad_(False)
+    def one(weights, text_target):
+        return loss(lambda z, **how: functional_call(mapper, weights, (z,), how), text_target)
+
+    return torch.vmap(one, randomness="same")(weights, text_targets)
 
 
-def train_mapper(
-    z, labels, text_source, text_target, class_text, recipe, seed=0, steps=300, batch_size=128
+def frozen(weights):
+    """[M_1 … M_K] of their weights, {name: (K, …)}."""
+    mappers = []
+    for values in zip(*weights.values()):
+        with torch.device("meta"):  # nothing is drawn for weights that are replaced
+            mapper = Mapper(*reversed(values[0].shape))
+        state = dict(zip(weights, (value.detach().clone() for value in values)))
+        mapper.load_state_dict(state, assign=True)
+        mappers.append(mapper.requires_grad_(False))
+    return mappers
+
+
+def train_mappers(
+    z, labels, text_source, text_targets, class_text, recipe, seed=0, steps=300, batch_size=128
 ):
-    """Train one mapper on (N, d) features of the source's training images; see `ldfs_loss`.
+    """Train the mappers of K targets on (N, d) features of the source's training images.
 
-    Returns the Mapper, frozen.
+    text_targets: t^k, (K, N, d); the rest, and the loss, as in `ldfs_loss`. Returns [M_1 … M_K],
+    frozen: what each would be if trained alone, to rounding; at once they share batches, ε and the
+    angles of z, and take a GPU no longer than one. Raises FloatingPointError at a loss that is not
+    finite.
     CHOICE: AdamW, cosine schedule, 300 steps of 128, lr 3e-3, weight decay 0.05 (both in the ranges
     LADS searches): L_1 on emoji's validation images is lowest there (600 and 1,500 steps, or lr
     1e-2, are higher), on PACS's it falls by another 1 % up to 1,500; alternative: LADS's 50 epochs
     of 256 at a constant rate.
     """
-    mapper = new_mapper(z.shape[1], seed, z.device)
+    mapper, weights = new_mappers(len(text_targets), z.shape[1], seed, z.device)
     generator = torch.Generator(z.device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(mapper.parameters(), lr=3e-3, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(weights.values(), lr=3e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         i = torch.randperm(len(z), generator=generator, device=z.device)[:batch_size]
-        batch = z[i], labels[i], text_source[i], text_target[i]
-        loss = ldfs_loss(mapper, *batch, class_text, recipe, generator)
+        loss = each(mapper, weights, text_targets[:, i], lambda m, t_k: ldfs_loss(
+            m, z[i], labels[i], text_source[i], t_k, class_text, recipe, generator
+        )).sum()
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return mapper.requires_grad_(False)
+    return frozen(weights)
 
 
 @torch.no_grad()
@@ -173,10 +166,7 @@ def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu", wo
         refuse_other(path, config, state.get("made_with", {}))
         if words and words != state["words"]:
             fail(f"{path}: captions or phrases were others then. Run mapper.py again.")
-        width, dim = state["mapper"]["net.0.weight"].shape
-        mapper = Mapper(dim, width).to(device)
-        mapper.load_state_dict(state["mapper"])
-    return mapper.requires_grad_(False)
+        return frozen({name: w[None] for name, w in state["mapper"].items()})[0]
 
 
 def steering_texts(dataset, direction, domain, items):
@@ -202,6 +192,8 @@ def load_synthesiser(config, dataset, clip, recipe_name, domain, seed, items):
 
 
 def main():
+    from lads import train_lads  # here, for it imports from this file
+
     config, dataset = parse(__doc__)
     only_one_process("mapper.py", "takes one process: run it without torchrun")
     recipes = recipes_of(config.methods)
@@ -216,64 +208,65 @@ def main():
     class_prompts = [template(name) for template in templates for name in classnames]
     everything = dataset.trainable(source)
     row = {location: i for i, (location, _) in enumerate(everything)}
-    texts, words = {}, {}  # (direction, domain): t of every source image in the domain's words
-    for direction in {recipe.direction for recipe in recipes.values()}:
-        for domain in (source, *targets):
-            prompts = steering_texts(dataset, direction, domain, everything)
-            words[direction, domain] = prompts
-            texts[direction, domain] = encode_texts(clip, prompts).to(clip.device)
+    directions = {recipe.direction for recipe in recipes.values()}
+    words = {  # of every source image, in the domain's words
+        (direction, domain): steering_texts(dataset, direction, domain, everything)
+        for direction in directions for domain in (source, *targets)
+    }
+    texts = {key: encode_texts(clip, said).to(clip.device) for key, said in words.items()}  # t
     neutral = [f"a photo of {data.article(name)}" for name in dataset.classnames]
     lads_text = encode_texts(clip, neutral).to(clip.device)
-    z_all = features_of(everything).to(clip.device)
-    labels_all = torch.tensor([label for _, label in everything], device=clip.device)
+    z = features_of(everything).to(clip.device)
+    labels = torch.tensor([label for _, label in everything], device=clip.device)
 
-    seeds = range(config.seeds)
     splits = [
-        {part: dataset.split(source, source, part, seed) for part in ("train", "val")}
-        for seed in seeds
+        [dataset.split(source, source, part, seed) for part in ("train", "val")]
+        for seed in range(config.seeds)
     ]
-    jobs = [(seed, domain, name) for seed in seeds for domain in targets for name in recipes]
-    table = {}  # (recipe, target): statistics of every seed
-    for seed, domain, name in (bar := tqdm(jobs, desc="mappers", unit="mapper", leave=False)):
-        bar.set_postfix_str(f"{name} -> {domain}, seed {seed}")
-        recipe = recipes[name]
-        source_texts, target_texts = ((recipe.direction, d) for d in (source, domain))
-        every = z_all, labels_all, texts[source_texts], texts[target_texts]
-        config_hash = short_hash(
-            asdict(recipe), seed, config.mapper_steps, clip.fingerprint,
-            *map(stamps, splits[seed].values()),
-            words[source_texts], words[target_texts], neutral, class_prompts,
-        )
-        path = mapper_path(config.run, name, domain, seed)
-        with undamaged(path, "Remove it, and run mapper.py again."):
-            state = torch.load(path) if path.exists() else {"config_hash": None}
-            there = state["config_hash"] == config_hash and state.get("words")
-        if not there:
-            parts = {}  # "train", "val": their rows of `every`
-            for part, items in splits[seed].items():
-                i = torch.tensor([row[location] for location, _ in items], dtype=torch.long)
-                parts[part] = [x[i.to(clip.device)] for x in every]
+    table = {(name, domain): [] for domain in targets for name in recipes}  # statistics, by seed
+    jobs = [(seed, name) for seed in range(config.seeds) for name in recipes]
+    for seed, name in (bar := tqdm(jobs, desc="mappers of all targets", unit="run", leave=False)):
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        recipe, states = recipes[name], {}  # {target: what its file holds, or is to hold}
+        t_s, split = texts[recipe.direction, source], splits[seed]
+        for domain in targets:
+            said = [words[recipe.direction, d] for d in (source, domain)]
+            state = {
+                "config_hash": short_hash(
+                    asdict(recipe), seed, config.mapper_steps, clip.fingerprint,
+                    *map(stamps, split), *said, neutral, class_prompts,
+                ),
+                "fingerprint": clip.fingerprint, "words": short_hash(*said),
+                "made_with": {"mapper_steps": config.mapper_steps, "source": source},
+            }
+            path = mapper_path(config.run, name, domain, seed)
+            with undamaged(path, "Remove it, and run mapper.py again."):
+                there = torch.load(path) if path.exists() else state
+                states[domain] = there if there["config_hash"] == state["config_hash"] else state
+        if missing := [domain for domain in targets if "mapper" not in states[domain]]:
+            t_k = [texts[recipe.direction, domain] for domain in missing]
+            rows = [[row[location] for location, _ in items] for items in split]
+            train, val = (
+                (z[i], labels[i], t_s[i], torch.stack([t[i] for t in t_k])) for i in rows
+            )
             length = "epochs" if recipe.loss == "lads" else "steps"
             more = {length: config.mapper_steps} if config.mapper_steps else {}
             try:
                 if recipe.loss == "lads":
-                    mapper = train_lads(parts["train"], parts["val"], lads_text, seed, **more)
+                    mappers = train_lads(train, val, lads_text, seed, **more)
                 else:
-                    mapper = train_mapper(*parts["train"], class_text, recipe, seed, **more)
+                    mappers = train_mappers(*train, class_text, recipe, seed, **more)
             except FloatingPointError as error:
                 fail(f"{name}: {error}. Look at the features, or weigh the terms otherwise.")
-            z, _, t_s, t_k = parts["train"]
-            state = {
-                "statistics": statistics(mapper, z, t_s, t_k, recipe.sigma, seed),
-                "mapper": mapper.cpu().state_dict(), "config_hash": config_hash,
-                "fingerprint": clip.fingerprint,
-                "made_with": {"mapper_steps": config.mapper_steps, "source": source},
-                "words": short_hash(words[source_texts], words[target_texts]),
-            }
-            write_atomically(path, lambda new: torch.save(state, new))
-        table.setdefault((name, domain), []).append(state["statistics"])
+            for domain, mapper, t in zip(missing, mappers, train[3]):
+                state, path = states[domain], mapper_path(config.run, name, domain, seed)
+                state["statistics"] = statistics(mapper, train[0], train[2], t, recipe.sigma, seed)
+                state["mapper"] = mapper.cpu().state_dict()
+                write_atomically(path, lambda new: torch.save(state, new))
+        for domain in targets:
+            table[name, domain].append(states[domain]["statistics"])
 
-    results.append_statistics(config, table, len(splits[-1]["train"]))
+    results.append_statistics(config, table, len(split[0]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """For benchmark.py: mappers, search, evaluation, each beside another's; and how costs grow."""
 
-import functools
 import math
 import statistics
 import tempfile
@@ -17,7 +16,8 @@ from data import Location
 from evaluate import accuracy
 from features import autocast, encode_images
 from finetune import ce_step
-from mapper import lads_loss, ldfs_loss, new_mapper
+from lads import lads_loss
+from mapper import each, ldfs_loss, new_mappers
 from methods import parse_recipe
 from report import peers
 
@@ -47,53 +47,59 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def our_mapper_step(loss_of, tensors, **rates):
-    """A step of a new mapper, as mapper.py takes it: () -> loss."""
-    mapper = new_mapper(tensors[0].shape[1], 0, "cpu")
-    optimizer = torch.optim.AdamW(mapper.parameters(), **rates)
-
-    def step():
-        loss = loss_of(mapper, *tensors)
-        value = loss.item()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return value
-
-    return step
-
-
-def mappers(rounds, n=412, d=384, classes=37):
-    """Rows: a mapper's step beside LADS's; n, d, classes: emoji's."""
+def mappers(rounds, n=412, d=384, classes=37, targets=4):
+    """Rows: a step of the mappers of all targets, at once as mapper.py takes it, beside LADS's, one
+    after another; n, d, classes, targets: emoji's.
+    """
     class_text, generator = unit(classes, d), torch.Generator()
-    everything = unit(n, d), torch.arange(n) % classes, unit(n, d), unit(n, d)  # z, y, t^s, t^k
-    weight, calls = 1 / everything[1].bincount(), {}
+    everything = unit(n, d), torch.arange(n) % classes, unit(n, d)  # z, y, t^s
+    text_targets = unit(targets, n, d)  # t^k
+    weight = 1 / everything[1].bincount()
 
-    def new(kind, batch):
-        published = {"lr": 0.005, "weight_decay": 0.05, "eps": 1e-6}
-        if kind == "LADS's":
-            net = new_mapper(d, 0, "cpu").net
-            optimizer = torch.optim.AdamW(net.parameters(), **published)
-            return lambda: peers.lads_step(net, optimizer, *batch, class_text, weight)
+    def theirs(size):
+        nets = [new_mappers(1, d, 0, "cpu")[0].net for _ in text_targets]
+        kind = {"lr": 0.005, "weight_decay": 0.05, "eps": 1e-6}
+        pairs = [(net, torch.optim.AdamW(net.parameters(), **kind)) for net in nets]
+        batch = [x[:size] for x in everything]
+        return lambda: sum(
+            peers.lads_step(*pair, *batch, t_k[:size], class_text, weight)
+            for pair, t_k in zip(pairs, text_targets)
+        )
+
+    def ours(kind, size):
+        mapper, weights = new_mappers(targets, d, 0, "cpu")
         if kind == "lads":
-            return our_mapper_step(lambda *x: lads_loss(*x, class_text, weight), batch, **published)
-        recipe, rates = parse_recipe(kind), {"lr": 3e-3, "weight_decay": 0.05, "fused": True}
-        loss_of = functools.partial(ldfs_loss, class_text=class_text, recipe=recipe)
-        return our_mapper_step(lambda *x: loss_of(*x, generator=generator), batch, **rates)
+            optimizer = torch.optim.AdamW(weights.values(), 0.005, weight_decay=0.05, eps=1e-6)
+            loss_of, rest = lads_loss, (class_text, weight)
+        else:
+            optimizer = torch.optim.AdamW(weights.values(), 3e-3, weight_decay=0.05, fused=True)
+            loss_of, rest = ldfs_loss, (class_text, parse_recipe(kind), generator)
+        batch = [x[:size] for x in everything]
 
-    kinds = [(kind, 128) for kind in ("ldfs", "ldfs:form=cosine", "ldfs:pair=0", "global")]
-    for kind, size in [(one, size) for size in (128, 256) for one in ("lads", "LADS's")] + kinds:
-        calls[kind, size] = new(kind, [x[:size] for x in everything])
+        def step():
+            loss = each(mapper, weights, text_targets[:, :size],
+                        lambda m, t_k: loss_of(m, *batch, t_k, *rest)).sum()
+            value = loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return value
+
+        return step
+
+    kinds = [("lads", 128), ("lads", 256)]
+    kinds += [(kind, 128) for kind in ("ldfs", "ldfs:form=cosine", "ldfs:pair=0", "global")]
+    calls = {("LADS's", size): theirs(size) for size in (128, 256)}
+    calls |= {(kind, size): ours(kind, size) for kind, size in kinds}
     found = medians(calls, 3 * rounds, time.process_time)
     rows = [
-        against(f"a step of {name}, batch {size}", found[name, size], found["LADS's", size],
-                name == "lads")
-        for name, size in calls if name != "LADS's"
+        against(f"a step of {targets} mappers: {name}, batch {size}", found[name, size],
+                found["LADS's", size], name == "lads")
+        for name, size in kinds
     ]
-    ldfs, theirs = found["ldfs", 128][0], found["LADS's", 256][0]
-    epochs = 50 * math.ceil(n / 256)
-    whole = (300 * ldfs, 0), (epochs * theirs, 0)
-    return [*rows, against("a mapper: ldfs, 300 steps / 50 epochs", *whole, False)]
+    ldfs, other = found["ldfs", 128][0], found["LADS's", 256][0]
+    whole = (300 * ldfs, 0), (50 * math.ceil(n / 256) * other, 0)
+    return [*rows, against(f"{targets} mappers: ldfs, 300 steps / 50 epochs", *whole, False)]
 
 
 def searching(rounds, queries=800, pool=20_000, d=384, k=10):

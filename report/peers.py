@@ -58,7 +58,7 @@ def wise_ft_step(model, head, optimizer, images, labels):
 
 def lads_step(net, optimizer, z, labels, text_source, text_target, class_text, class_weight):
     """LADS (methods/augmentations.py): the direction of the output, the class of its unit vector;
-    halves of both. Tensors are those of mapper.lads_loss.
+    halves of both. Tensors are those of lads.lads_loss.
     """
     optimizer.zero_grad()
     output = net(z)

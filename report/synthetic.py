@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from losses import class_consistency
-from mapper import statistics, train_mapper
+from mapper import statistics, train_mappers
 from methods import parse_recipe
 from report.tables import markdown, mean_and_deviation
 
@@ -54,8 +54,8 @@ def measure(part, seed):
         train = [z[:n]]
         if name in RECIPES:
             recipe = parse_recipe(name)
-            pair = [text[:n] for text in texts[recipe.direction]]
-            mapper = train_mapper(z[:n], labels[:n], *pair, class_text, recipe, seed)
+            t_s, t_k = (text[:n] for text in texts[recipe.direction])
+            [mapper] = train_mappers(z[:n], labels[:n], t_s, t_k[None], class_text, recipe, seed)
             train.append(mapper(z[:n]))
         head = torch.zeros_like(class_text).requires_grad_()
         optimizer = torch.optim.AdamW([head], lr=0.01)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import mapper
-from mapper import Mapper, statistics, train_lads, train_mapper
+from lads import lads_loss, train_lads
+from mapper import Mapper, ldfs_loss, statistics, train_mappers
 from methods import RECIPES, Recipe, parse_recipe
 from report import synthetic
 
@@ -24,6 +25,11 @@ def world(n=64, d=16, classes=4, seed=0):
     style = 0.5 * F.normalize(torch.randn(d, generator=generator), dim=-1)
     text_source = F.normalize(class_text[labels] + 0.1 * torch.randn(n, d, generator=generator), dim=-1)
     return z, labels, text_source, F.normalize(text_source + style, dim=-1), class_text
+
+
+def train_mapper(z, labels, text_source, text_target, *rest, **more):
+    """The mapper of one target."""
+    return train_mappers(z, labels, text_source, text_target[None], *rest, **more)[0]
 
 
 def test_a_mapper_overfits_its_directions_and_keeps_the_class():
@@ -61,7 +67,7 @@ def test_a_mapper_takes_the_first_steps_of_l_1():
     z, labels, text_source, text_target, class_text = world(n=6)
     recipe, steps, others = Recipe(sigma=0.0, pair=0.3, cls=0.7), 20, ~torch.eye(6, dtype=torch.bool)
     got = train_mapper(z, labels, text_source, text_target, class_text, recipe, steps=steps)
-    m = mapper.new_mapper(16, 0, "cpu")
+    m, _ = mapper.new_mappers(1, 16, 0, "cpu")
     optimizer = torch.optim.AdamW(m.parameters(), lr=3e-3, weight_decay=0.05)
     for step in range(steps):  # a batch is all images, so that their order does not matter
         z_hat = m(z)
@@ -95,10 +101,24 @@ def test_the_two_texts_get_noise_of_their_own(monkeypatch):
         return noisy
 
     monkeypatch.setattr(mapper, "stochastic_text", watched)
-    train_mapper(z, labels, text_source, text_source, class_text, Recipe(sigma=0.1), steps=2)
-    cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(drawn[::2], drawn[1::2])]
-    assert len(cosines) == 2 and all(abs(cosine) < 0.3 for cosine in cosines)
-    assert all(noise.norm(dim=-1).mean() > 0.1 for noise in drawn)
+    rest = class_text, Recipe(sigma=0.1), torch.Generator().manual_seed(0)
+    ldfs_loss(Mapper(16), z, labels, text_source, text_source, *rest)
+    assert len(drawn) == 2 and all(noise.norm(dim=-1).mean() > 0.1 for noise in drawn)
+    assert abs(F.cosine_similarity(*drawn, dim=-1).mean()) < 0.3
+
+
+@pytest.mark.parametrize("change", [{}, {"form": "cosine", "cls": 0.3}])
+def test_mappers_trained_at_once_are_those_trained_alone(change):
+    """Each with its own target's texts, the same start, batches and ε; none sees another's loss."""
+    z, labels, text_source, text_target, class_text = world(n=40)
+    targets = torch.stack([text_target, text_target.flip(0), text_source.roll(1, 0)])
+    rest = class_text, Recipe(sigma=0.05, **change)
+    more = {"seed": 3, "steps": 6, "batch_size": 16}
+    together = train_mappers(z, labels, text_source, targets, *rest, **more)
+    alone = [train_mapper(z, labels, text_source, t, *rest, **more) for t in targets]
+    for one, other in zip(together, alone):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one.parameters(), other.parameters()))
+    assert not torch.allclose(alone[0](z), alone[1](z), atol=1e-3)
 
 
 def test_ladss_loss_is_the_published_formula():
@@ -114,19 +134,22 @@ def test_ladss_loss_is_the_published_formula():
         logits = torch.stack([output @ t / output.norm() for t in class_text])
         ce = logits.logsumexp(0) - logits[labels[i]]
         total += direction / 6 / 2 + weight[labels[i]] / weight[labels].sum() * ce / 2
-    got = mapper.lads_loss(m, z, labels, text_source, text_target, class_text, weight)
+    got = lads_loss(m, z, labels, text_source, text_target, class_text, weight)
     assert torch.allclose(got, total, atol=1e-6)
 
 
-def test_lads_keeps_the_best_epoch_by_validation():
-    train, val = world()[:4], world(n=16, seed=1)[:4]
-    class_text, weight = world()[4], torch.ones(4) / 16
-
-    def loss(epochs):
-        m = train_lads(train, val, class_text, epochs=epochs)
-        return mapper.lads_loss(m, *val, class_text, weight).item()
-
-    assert loss(30) == min(loss(n) for n in (5, 15, 30))
+def test_lads_keeps_the_best_epoch_of_each_target_by_validation():
+    train, val, class_text = world()[:4], world(n=16, seed=1)[:4], world()[4]
+    train, val = ((*x[:3], torch.stack([x[3], x[3].roll(1, 0)])) for x in (train, val))
+    losses = []
+    for epochs in (5, 15, 30):
+        mappers = train_lads(train, val, class_text, epochs=epochs)
+        losses.append([
+            lads_loss(m, *val[:3], t_k, class_text, torch.ones(4)).item()
+            for m, t_k in zip(mappers, val[3])
+        ])
+    best = torch.tensor(losses).cummin(0).values
+    assert torch.allclose(torch.tensor(losses), best, atol=1e-6)  # none gets worse again
 
 
 def test_training_is_deterministic_and_touches_only_the_mapper():
