@@ -14,15 +14,16 @@ import os
 import re
 import sys
 import time
+import utils
 from collections import Counter
 from pathlib import Path
+from utils import fail, short_hash, write_atomically
 
 import torch
 import torch.nn.functional as F
 
 import data
 import features
-import utils
 from batches import image_batches, in_order
 from config import flags, parse
 from distributed import barrier, first_alone, leave, progress, ranks, the_device
@@ -30,7 +31,6 @@ from features import load_captioner
 from report import results
 from sets.folders import shards_of
 from sets.webdataset import read_shard
-from utils import fail, short_hash, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # TCAG: a caption for each image

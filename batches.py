@@ -5,6 +5,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from utils import fail, short_hash, undamaged
 
 import torch
 
@@ -12,7 +13,6 @@ import data
 from config import refuse_other
 from data import UNREADABLE
 from distributed import share
-from utils import fail, short_hash, undamaged
 
 
 class Images(torch.utils.data.Dataset):

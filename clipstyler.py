@@ -4,6 +4,8 @@ in a style known by words, for step 2 (runs/…/mappers/) and to look at (runs/�
     python clipstyler.py emoji 3d --methods clipstyler     # does nothing where it is not asked for
 """
 
+from utils import cached, fail, only_one_process, short_hash, undamaged
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,7 +18,6 @@ from features import autocast, cached_features, encode_texts, load_clip, stamps
 from mapper import statistics
 from methods import recipes_of
 from report import figures, results
-from utils import cached, fail, only_one_process, short_hash, undamaged
 
 # CHOICE: the public code's weights and τ, but λ_c = 500 for another L_c: in sketches of source
 # images more objects fade away with 150, and colours hardly change with 1500; alternative: 150.

@@ -4,10 +4,10 @@ import argparse
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from utils import fail, lock, short_hash
 
 import data
 from methods import ABLATIONS, parse_method, recipes_of
-from utils import fail, lock, short_hash
 
 DEFAULT_MODEL = "ViT-B-16-quickgelu"  # both papers' backbone; OpenAI's weights want QuickGELU
 PAPERS = {  # what the flags are unless they or the data set say otherwise

@@ -11,12 +11,12 @@ import json
 import os
 import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from utils import fail, undamaged, warn, write_atomically
 
 from PIL import Image, ImageOps
 
 from methods import TRAINED
-from utils import fail, undamaged, warn, write_atomically
 
 # CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10.
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -141,15 +141,14 @@ class Dataset:
         if domain != source and not same_stem:
             return self.images[domain]
 
-        def thing(location):
-            return PurePosixPath(location.path).stem if same_stem else location.path
+        def thing(at):
+            return os.path.splitext(os.path.basename(at.path))[0] if same_stem else at.path
 
         def rank(name):
             return hashlib.sha256(f"{self.name} {seed} {name}".encode()).hexdigest()
 
         share, listed = self.meta.fractions, self.official.get(source)
-        # an official test part is not among the things
-        whole = share["train"] + share["val"] if listed else 1
+        whole = share["train"] + share["val"] if listed else 1  # things lack an official test part
         things_of, part_of = {}, {}  # {class: the source's things}; {(class, thing): its part}
         for at, y in self.trainable(source):
             things_of.setdefault(y, set()).add(thing(at))

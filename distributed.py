@@ -5,11 +5,10 @@ all have the features, or logits, of the whole, and compute the loss that one pr
 import functools
 import os
 from datetime import timedelta
+from utils import fail
 
 import torch
 from tqdm import tqdm
-
-from utils import fail
 
 STALLED = timedelta(minutes=10)  # in a step of training: a process that takes longer has stalled
 

@@ -15,6 +15,7 @@ domains. Accuracy is top-1, over images, in per cent.
 import contextlib
 import functools
 import statistics
+from utils import fail, only_one_process, short_hash, undamaged, warn, write_atomically
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,6 @@ from methods import CACHED, TRAINED
 from prompts import PROMPTS
 from quality import figure4, figure5
 from report import figures, results, tables
-from utils import fail, only_one_process, short_hash, undamaged, warn, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # Accuracies

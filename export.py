@@ -8,11 +8,11 @@ train beside the image tower has no place in this format.
 """
 
 from pathlib import Path
+from utils import fail, one_line, writing
 
 from config import Parser, number
 from evaluate import interpolate
 from features import hash_of, place_of, read_checkpoint
-from utils import fail, one_line, writing
 
 
 def export(checkpoint, folder, alpha=1.0):

@@ -8,6 +8,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from utils import cached, damaged_copy, fail, from_root, one_line, short_hash
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from tqdm import tqdm
 
 from batches import image_batches, in_order
 from distributed import the_device
-from utils import cached, damaged_copy, fail, from_root, one_line, short_hash
 
 
 @dataclass

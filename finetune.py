@@ -12,6 +12,7 @@ kept. Checkpoints go to runs/…/checkpoints/; a killed run goes on after its la
 import math
 import re
 from dataclasses import asdict, replace
+from utils import fail, short_hash
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ from methods import CACHED
 from prompts import PROMPTS
 from strategies import CLIPood, Contrastive, Full, Linear, Towers
 from training import fit
-from utils import fail, short_hash
 
 # -------------------------------------------------------------------------------------------------
 # The papers' steps

@@ -7,6 +7,7 @@ once it is there.
 """
 
 from dataclasses import asdict
+from utils import fail, only_one_process, short_hash, undamaged, write_atomically
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,6 @@ from features import cached_features, encode_texts, load_clip, stamps, zero_shot
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
 from methods import parse_recipe, recipes_of
 from report import results
-from utils import fail, only_one_process, short_hash, undamaged, write_atomically
 
 
 class Mapper(nn.Module):

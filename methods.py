@@ -14,7 +14,6 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-
 from utils import fail
 
 ABLATIONS = [  # what --ablate adds: LDFS without each of its parts, and with other weights

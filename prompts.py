@@ -6,13 +6,13 @@ Their forward is a step's loss, as that of all Learners of strategies.py. evalua
 """
 
 import contextlib
+from utils import fail
 
 import torch
 import torch.nn as nn
 
 from features import cropped
 from strategies import Learner
-from utils import fail
 
 
 def text_tower(clip):

@@ -1,12 +1,12 @@
 """One training loop, which knows nothing of methods: schedule, checkpoint, resume, processes."""
 
 import math
+from utils import undamaged, write_atomically
 
 import torch
 import torch.nn as nn
 
 from distributed import average_gradients, progress, ranks
-from utils import undamaged, write_atomically
 
 
 def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash, about):

@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from utils import fail, short_hash
 
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -30,7 +31,6 @@ from tqdm import tqdm
 from config import Parser
 from data import article
 from sets.webdataset import read_shard
-from utils import fail, short_hash
 
 SIZE = 64  # pixels; enough to tell a tuba from a trombone, and trains on a CPU
 

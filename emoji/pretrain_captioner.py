@@ -10,6 +10,7 @@ drawings.
 """
 
 from pathlib import Path
+from utils import ROOT, short_hash
 
 import open_clip
 import torch
@@ -19,7 +20,6 @@ from config import Parser, number
 from data import article
 from emoji import draw
 from emoji.pretrain_clip import CLIP, augment, fit, pixels
-from utils import ROOT, short_hash
 
 CAPTIONER = ROOT / "emoji/captioner"
 

@@ -9,6 +9,7 @@ import functools
 import json
 import random
 from pathlib import Path
+from utils import ROOT, fail, short_hash, write_atomically
 
 import open_clip
 import torch
@@ -20,7 +21,6 @@ from config import Parser, number
 from data import article
 from emoji import draw
 from losses import clip_contrastive
-from utils import ROOT, fail, short_hash, write_atomically
 
 CLIP = ROOT / "emoji/clip"
 BATCH = 256

@@ -11,6 +11,7 @@ augmented anew, say more: distillation (arXiv 1503.02531), here of features as t
 import json
 import shutil
 from pathlib import Path
+from utils import short_hash, write_atomically
 
 import open_clip
 import torch
@@ -18,7 +19,6 @@ import torch
 from config import Parser, number
 from emoji import draw
 from emoji.pretrain_clip import CLIP, augment, fit, pixels, save_weights
-from utils import short_hash, write_atomically
 
 VIT = {"image_size": draw.SIZE, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64}
 

@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from utils import fail, one_line, write_atomically
 
 import open_clip
 import torch
@@ -28,7 +29,6 @@ from finetune import ce_step, contrastive_step
 from report import parts, peers
 from report.parts import against, medians
 from report.tables import markdown
-from utils import fail, one_line, write_atomically
 
 PEERS = {"finetune": "WiSE-FT's", "flyp": "FLYP's", "arf": "three forwards"}
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense, FLOP/s, as NVIDIA says

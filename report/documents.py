@@ -8,10 +8,10 @@ folded.
 
 import ast
 import re
+from utils import ROOT, write_atomically
 
 from report import tables
 from report.results import read
-from utils import ROOT, write_atomically
 
 FIRST = ["losses.py", "mapper.py", "anchors.py", "finetune.py", "evaluate.py"]  # as one reads them
 # a docstring, comments in lines of their own, or one behind code

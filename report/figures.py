@@ -9,6 +9,7 @@ import math
 import sys
 import textwrap
 from pathlib import Path
+from utils import fail, warn, write_atomically
 
 import pandas
 from matplotlib.figure import Figure
@@ -16,7 +17,6 @@ from PIL import Image, ImageOps
 
 from report.results import read
 from report.tables import label, without
-from utils import fail, warn, write_atomically
 
 # colours that the colour-blind tell apart (Okabe and Ito)
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#000000"]

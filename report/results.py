@@ -10,7 +10,6 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-
 from utils import ROOT, fail, short_hash, undamaged, warn, write_atomically
 
 DEFAULTS = {

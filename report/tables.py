@@ -4,13 +4,13 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from utils import fail
 
 import pandas
 
 from config import flags
 from methods import RECIPES, TRAINED
 from report.results import read
-from utils import fail
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 

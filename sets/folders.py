@@ -6,10 +6,10 @@ import re
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
+from utils import ROOT, fail, one_line, only_one_process, run_command
 
 from data import Location, Meta
 from sets.webdataset import IMAGE_ENDINGS, read_webdatasets
-from utils import ROOT, fail, one_line, only_one_process, run_command
 
 
 def read_meta(name, root="data"):

@@ -3,13 +3,13 @@
 import shutil
 import sys
 from pathlib import Path
+from utils import fail, one_line, only_one_process, write_atomically, writing
 
 from pyarrow.parquet import ParquetFile
 from tqdm import tqdm
 
 import data
 from sets.folders import read_meta
-from utils import fail, one_line, only_one_process, write_atomically, writing
 
 
 def fetch(repository, folder, patterns, meta=None):

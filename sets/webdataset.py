@@ -3,9 +3,9 @@
 import json
 import tarfile
 from dataclasses import replace
+from utils import fail, warn
 
 from data import Location
-from utils import fail, warn
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import utils
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,6 @@ from PIL import Image
 import config
 import data
 import features
-import utils
 from sets import folders
 
 

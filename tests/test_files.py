@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import utils
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,6 @@ import batches
 import data
 import mapper
 import training
-import utils
 from config import Schedule
 from report import results
 
