@@ -1,9 +1,11 @@
 """The device, and the processes of torchrun, in the open: each encodes its share of a batch, then
-all have the features, or logits, of the whole, and compute the loss that one process would.
+all have the features, or logits, of the whole, and compute the loss that one process would. And
+threads, for work of matrices so small that several cores cannot share one.
 """
 
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from utils import fail
 
@@ -87,6 +89,20 @@ def average_gradients(parameters):
             if p.grad is not None:
                 torch.distributed.all_reduce(p.grad)
                 p.grad /= ranks()[1]
+
+
+def side_by_side(work, jobs, device):
+    """Yield work(job) of each job, in order: on a CPU on threads with a core each, as many as there
+    are; on a GPU one after another.
+    """
+    threads = torch.get_num_threads()
+    workers = threads if device.type == "cpu" else 1
+    torch.set_num_threads(threads // workers)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(work, jobs)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def the_device():

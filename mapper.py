@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import data
 from config import parse, refuse_other
+from distributed import side_by_side
 from features import cached_features, encode_texts, load_clip, stamps, zero_shot_head
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
 from methods import parse_recipe, recipes_of
@@ -63,9 +64,15 @@ def new_mappers(count, dim, seed, device):
     """A Mapper, whose start depends on the seed alone, and the weights of `count` that start like
     it, to be trained as one: {name: (K, …)}.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        mapper = Mapper(dim).to(device)
+    generator = torch.Generator().manual_seed(seed)  # and not the one that all threads share
+    with torch.device("meta"):
+        mapper = Mapper(dim)
+    mapper.to_empty(device="cpu")
+    for layer in mapper.net[0], mapper.net[2]:
+        bound = layer.in_features**-0.5  # as PyTorch starts them
+        for p in layer.parameters():
+            nn.init.uniform_(p, -bound, bound, generator)
+    mapper.to(device)
     start = {name: p.detach().expand(count, *p.shape) for name, p in mapper.named_parameters()}
     return mapper, {name: p.clone().requires_grad_() for name, p in start.items()}
 
@@ -224,10 +231,11 @@ def main():
         for seed in range(config.seeds)
     ]
     table = {(name, domain): [] for domain in targets for name in recipes}  # statistics, by seed
-    jobs = [(seed, name) for seed in range(config.seeds) for name in recipes]
-    for seed, name in (bar := tqdm(jobs, desc="mappers of all targets", unit="run", leave=False)):
-        bar.set_postfix_str(f"{name}, seed {seed}")
-        recipe, states = recipes[name], {}  # {target: what its file holds, or is to hold}
+
+    def trained(job):
+        """{target: what its mapper's file holds}; those that are not there are trained first."""
+        seed, name = job
+        recipe, states = recipes[name], {}
         t_s, split = texts[recipe.direction, source], splits[seed]
         for domain in targets:
             said = [words[recipe.direction, d] for d in (source, domain)]
@@ -263,10 +271,15 @@ def main():
                 state["statistics"] = statistics(mapper, train[0], train[2], t, recipe.sigma, seed)
                 state["mapper"] = mapper.cpu().state_dict()
                 write_atomically(path, lambda new: torch.save(state, new))
+        return states
+
+    jobs = [(seed, name) for seed in range(config.seeds) for name in recipes]
+    done = side_by_side(trained, jobs, clip.device)
+    bar = tqdm(done, "mappers of all targets", len(jobs), unit="run", leave=False)
+    for (_, name), states in zip(jobs, bar):
         for domain in targets:
             table[name, domain].append(states[domain]["statistics"])
-
-    results.append_statistics(config, table, len(split[0]))
+    results.append_statistics(config, table, len(splits[-1][0]))
 
 
 if __name__ == "__main__":

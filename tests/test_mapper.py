@@ -1,6 +1,9 @@
 """mapper.py: it learns what the losses ask for, from text alone, and changes nothing else."""
 
 import math
+import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import mapper
+from distributed import side_by_side
 from lads import lads_loss, train_lads
 from mapper import Mapper, ldfs_loss, statistics, train_mappers
 from methods import RECIPES, Recipe, parse_recipe
@@ -165,6 +169,26 @@ def test_training_is_deterministic_and_touches_only_the_mapper():
     assert all(torch.equal(a, b) for a, b in zip(tensors, before))
     assert torch.equal(state, torch.random.get_rng_state())
     assert not any(p.requires_grad for p in one.parameters())
+
+
+def test_mappers_are_trained_side_by_side_a_core_each():
+    threads, meet = torch.get_num_threads(), threading.Barrier(2, timeout=30)
+
+    def work(job):
+        meet.wait()  # none gets on alone
+        if job == 3:
+            sys.exit(2)
+        time.sleep(0.2 * (job == 0))  # the first is the last to be done
+        return job, torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    try:
+        assert [*side_by_side(work, [0, 1], torch.device("cpu"))] == [(0, 1), (1, 1)]
+        with pytest.raises(SystemExit):
+            list(side_by_side(work, [2, 3], torch.device("cpu")))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_one_image_is_enough_not_to_fail():
