@@ -92,16 +92,20 @@ def average_gradients(parameters):
 
 
 def side_by_side(work, jobs, device):
-    """Yield work(job) of each job, in order: on a CPU on threads with a core each, as many as there
-    are; on a GPU one after another.
+    """Yield work(job) of each of the list `jobs`, in order: on a CPU by threads, which share its
+    cores; on a GPU one after another.
     """
     threads = torch.get_num_threads()
-    workers = threads if device.type == "cpu" else 1
+    workers = min(threads, len(jobs))
+    if device.type == "cuda" or workers < 2:
+        yield from map(work, jobs)
+        return
     torch.set_num_threads(threads // workers)
+    pool = ThreadPoolExecutor(workers)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(work, jobs)
+        yield from pool.map(work, jobs)
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # who presses Ctrl-C does not want to wait
         torch.set_num_threads(threads)
 
 

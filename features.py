@@ -51,9 +51,9 @@ class Clip:
         """
         unique, back = tokens.unique(dim=0, return_inverse=True)
 
-        def tower(unique):  # also where micro-batches are computed again
-            with cropped(self.model, tokens):
-                return self.model.encode_text(unique)
+        def tower(some):  # also where micro-batches are computed again
+            with cropped(self.model, unique):
+                return self.model.encode_text(some)
 
         return self.encode(tower, unique.to(self.device))[back.to(self.device)]
 
@@ -77,15 +77,14 @@ class Clip:
 
 @contextlib.contextmanager
 def cropped(model, tokens):
-    """Within it open_clip's text tower leaves out the padding that all texts, tokens (N, L), share.
-
-    It changes nothing but rounding: where a tower is causal, no token sees those behind it, and the
-    feature is the end token's. Other towers are left alone.
+    """Within it open_clip's text tower leaves out the padding that all texts, tokens (N, L), share,
+    if it is causal (its mask says so) and takes the feature at the end token: then no token that
+    counts sees those left out, and nothing changes but rounding.
     """
     text = getattr(model, "text", model)
     pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
-    differ = (tokens != tokens[:, -1:]).any(0).nonzero()
-    end = differ.max().item() + 2 if len(differ) else 1
+    differ = (tokens != tokens[:, -1:]).any(0).nonzero()  # from the last token, as a rule padding
+    end = differ.max().item() + 2 if len(differ) else 1   # that may be the end token, too: keep one
 
     def crop(module, args, kwargs):
         mask = kwargs.get("attn_mask")

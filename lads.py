@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from losses import local_adaptation
-from mapper import each, frozen, new_mappers
+from mapper import frozen, new_mappers, target_losses
 
 
 def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_weight):
@@ -26,31 +26,32 @@ def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_wei
 def train_lads(train, val, class_text, seed=0, epochs=50, batch_size=256):
     """Train LADS's mappers as its public code does: of 50 epochs at a constant rate the best stays.
 
-    train, val: (z, labels, text_source, text_targets), as in `train_mappers`, as is what it
-    returns; the best is by val, or by train where there is none. lr and weight decay: LADS
-    searches; these are its base's.
+    train, val: (z, labels, text_source, text_targets), and what it returns: see `train_mappers`.
+    The best is each target's own, by val, or by train where there is none. lr and weight decay:
+    LADS searches; these are its base's. Raises FloatingPointError if no epoch's loss is finite.
     """
-    (n, dim), device = train[0].shape, train[0].device
-    mapper, weights = new_mappers(len(train[-1]), dim, seed, device)
+    z, labels, text_source, text_targets = train
+    (n, dim), device = z.shape, z.device
+    mapper, weights = new_mappers(len(text_targets), dim, seed, device)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(weights.values(), lr=0.005, weight_decay=0.05, eps=1e-6)
-    class_weight = 1 / train[1].bincount(minlength=len(class_text)).clamp(min=1)
+    class_weight = 1 / labels.bincount(minlength=len(class_text)).clamp(min=1)
     kept, best = {name: w.detach().clone() for name, w in weights.items()}, float("inf")
-
-    def losses(z, labels, text_source, text_targets):                                      # -> (K,)
-        return each(mapper, weights, text_targets, lambda m, t_k: lads_loss(
-            m, z, labels, text_source, t_k, class_text, class_weight
-        ))
-
+    *judged, judged_targets = val if len(val[0]) else train
     for _ in range(epochs):
         order = torch.randperm(n, generator=generator, device=device)
         for i in order.split(batch_size):
-            loss = losses(*(x[i] for x in train[:3]), train[-1][:, i]).sum()
+            some = torch.stack([t[i] for t in text_targets])
+            loss = target_losses(mapper, weights, some, lambda m, t_k: lads_loss(
+                m, z[i], labels[i], text_source[i], t_k, class_text, class_weight
+            )).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        with torch.no_grad():
-            loss = losses(*(val if len(val[0]) else train))
+        loss = torch.stack([  # one by one: all images of all targets at once may be too many
+            lads_loss(m, *judged, t_k, class_text, class_weight)
+            for m, t_k in zip(frozen(weights), judged_targets)
+        ])
         better = loss < best
         best = loss.where(better, best)
         for name, w in weights.items():

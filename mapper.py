@@ -61,15 +61,15 @@ def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, g
 
 
 def new_mappers(count, dim, seed, device):
-    """A Mapper, whose start depends on the seed alone, and the weights of `count` that start like
-    it, to be trained as one: {name: (K, …)}.
+    """A Mapper to call, and the weights of K = `count` mappers to call it with, {name: (K, …)}: all
+    start the same, as the seed says.
     """
-    generator = torch.Generator().manual_seed(seed)  # and not the one that all threads share
-    with torch.device("meta"):
+    with torch.device("meta"):  # nn.Linear draws from the generator that all threads share
         mapper = Mapper(dim)
     mapper.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
     for layer in mapper.net[0], mapper.net[2]:
-        bound = layer.in_features**-0.5  # as PyTorch starts them
+        bound = layer.in_features**-0.5  # as nn.Linear starts
         for p in layer.parameters():
             nn.init.uniform_(p, -bound, bound, generator)
     mapper.to(device)
@@ -77,23 +77,29 @@ def new_mappers(count, dim, seed, device):
     return mapper, {name: p.clone().requires_grad_() for name, p in start.items()}
 
 
-def each(mapper, weights, text_targets, loss):
-    """(K,): loss(M_k, t^k) of all targets at once, by torch.vmap. text_targets: t^k, (K, B, d).
+def target_losses(mapper, weights, text_targets, loss):
+    """(K,): loss(M_k, t^k) of every target, all at once by torch.vmap. text_targets: (K, B, d).
 
-    What the loss draws (ε) is the same for all, as if each were trained alone with this seed.
+    z, labels and what else `loss` takes from where it stands are the same for all, as is what it
+    draws (ε): each mapper learns what it would learn alone.
     """
+
     def one(weights, text_target):
-        return loss(lambda z, **how: functional_call(mapper, weights, (z,), how), text_target)
+        def m(z, **options):
+            return functional_call(mapper, weights, (z,), options)
+
+        return loss(m, text_target)
 
     return torch.vmap(one, randomness="same")(weights, text_targets)
 
 
 def frozen(weights):
     """[M_1 … M_K] of their weights, {name: (K, …)}."""
+    width, dim = weights["net.0.weight"].shape[1:]
     mappers = []
     for values in zip(*weights.values()):
-        with torch.device("meta"):  # nothing is drawn for weights that are replaced
-            mapper = Mapper(*reversed(values[0].shape))
+        with torch.device("meta"):
+            mapper = Mapper(dim, width)
         state = dict(zip(weights, (value.detach().clone() for value in values)))
         mapper.load_state_dict(state, assign=True)
         mappers.append(mapper.requires_grad_(False))
@@ -105,10 +111,10 @@ def train_mappers(
 ):
     """Train the mappers of K targets on (N, d) features of the source's training images.
 
-    text_targets: t^k, (K, N, d); the rest, and the loss, as in `ldfs_loss`. Returns [M_1 … M_K],
-    frozen: what each would be if trained alone, to rounding; at once they share batches, ε and the
-    angles of z, and take a GPU no longer than one. Raises FloatingPointError at a loss that is not
-    finite.
+    text_targets: K tensors t^k, (N, d); the rest, and the loss, as in `ldfs_loss`. Returns [M_1 …
+    M_K], frozen: at once they share batches, ε and the angles of z, and are what each would be if
+    trained alone, but for rounding, which training may amplify. Raises FloatingPointError at a loss
+    that is not finite.
     CHOICE: AdamW, cosine schedule, 300 steps of 128, lr 3e-3, weight decay 0.05 (both in the ranges
     LADS searches): L_1 on emoji's validation images is lowest there (600 and 1,500 steps, or lr
     1e-2, are higher), on PACS's it falls by another 1 % up to 1,500; alternative: LADS's 50 epochs
@@ -120,9 +126,10 @@ def train_mappers(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         i = torch.randperm(len(z), generator=generator, device=z.device)[:batch_size]
-        loss = each(mapper, weights, text_targets[:, i], lambda m, t_k: ldfs_loss(
+        some = torch.stack([t[i] for t in text_targets])                                # (K, B, d)
+        loss = target_losses(mapper, weights, some, lambda m, t_k: ldfs_loss(
             m, z[i], labels[i], text_source[i], t_k, class_text, recipe, generator
-        )).sum()
+        )).sum()  # of which M_k's gradient is that of its own loss
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
@@ -226,59 +233,64 @@ def main():
     z = features_of(everything).to(clip.device)
     labels = torch.tensor([label for _, label in everything], device=clip.device)
 
-    splits = [
-        [dataset.split(source, source, part, seed) for part in ("train", "val")]
-        for seed in range(config.seeds)
-    ]
-    table = {(name, domain): [] for domain in targets for name in recipes}  # statistics, by seed
+    states = {}  # (seed, recipe, target): what the mapper's file holds, or is to hold
+    splits, jobs = [], []  # jobs: (seed, recipe, targets whose mappers are missing)
+    for seed in range(config.seeds):
+        splits.append([dataset.split(source, source, part, seed) for part in ("train", "val")])
+        stamped = [*map(stamps, splits[seed])]
+        for name, recipe in recipes.items():
+            for domain in targets:
+                said = [words[recipe.direction, d] for d in (source, domain)]
+                state = {
+                    "config_hash": short_hash(
+                        asdict(recipe), seed, config.mapper_steps, clip.fingerprint,
+                        *stamped, *said, neutral, class_prompts,
+                    ),
+                    "fingerprint": clip.fingerprint, "words": short_hash(*said),
+                    "made_with": {"mapper_steps": config.mapper_steps, "source": source},
+                }
+                path = mapper_path(config.run, name, domain, seed)
+                with undamaged(path, "Remove it, and run mapper.py again."):
+                    there = torch.load(path) if path.exists() else state
+                    same = there["config_hash"] == state["config_hash"]
+                states[seed, name, domain] = there if same else state
+            missing = [domain for domain in targets if "mapper" not in states[seed, name, domain]]
+            jobs += [(seed, name, missing)] if missing else []
 
-    def trained(job):
-        """{target: what its mapper's file holds}; those that are not there are trained first."""
-        seed, name = job
-        recipe, states = recipes[name], {}
-        t_s, split = texts[recipe.direction, source], splits[seed]
-        for domain in targets:
-            said = [words[recipe.direction, d] for d in (source, domain)]
-            state = {
-                "config_hash": short_hash(
-                    asdict(recipe), seed, config.mapper_steps, clip.fingerprint,
-                    *map(stamps, split), *said, neutral, class_prompts,
-                ),
-                "fingerprint": clip.fingerprint, "words": short_hash(*said),
-                "made_with": {"mapper_steps": config.mapper_steps, "source": source},
-            }
-            path = mapper_path(config.run, name, domain, seed)
-            with undamaged(path, "Remove it, and run mapper.py again."):
-                there = torch.load(path) if path.exists() else state
-                states[domain] = there if there["config_hash"] == state["config_hash"] else state
-        if missing := [domain for domain in targets if "mapper" not in states[domain]]:
-            t_k = [texts[recipe.direction, domain] for domain in missing]
-            rows = [[row[location] for location, _ in items] for items in split]
-            train, val = (
-                (z[i], labels[i], t_s[i], torch.stack([t[i] for t in t_k])) for i in rows
-            )
-            length = "epochs" if recipe.loss == "lads" else "steps"
-            more = {length: config.mapper_steps} if config.mapper_steps else {}
-            try:
-                if recipe.loss == "lads":
-                    mappers = train_lads(train, val, lads_text, seed, **more)
-                else:
-                    mappers = train_mappers(*train, class_text, recipe, seed, **more)
-            except FloatingPointError as error:
-                fail(f"{name}: {error}. Look at the features, or weigh the terms otherwise.")
-            for domain, mapper, t in zip(missing, mappers, train[3]):
-                state, path = states[domain], mapper_path(config.run, name, domain, seed)
-                state["statistics"] = statistics(mapper, train[0], train[2], t, recipe.sigma, seed)
-                state["mapper"] = mapper.cpu().state_dict()
+    def train(job):
+        """[(M_k, its statistics)] of one job."""
+        seed, name, missing = job
+        recipe = recipes[name]
+        t_s, *t_k = (texts[recipe.direction, domain] for domain in (source, *missing))
+        rows = ([row[location] for location, _ in items] for items in splits[seed])
+        train, val = ((z[i], labels[i], t_s[i], [t[i] for t in t_k]) for i in rows)
+        length = "epochs" if recipe.loss == "lads" else "steps"
+        more = {length: config.mapper_steps} if config.mapper_steps else {}
+        try:
+            if recipe.loss == "lads":
+                mappers = train_lads(train, val, lads_text, seed, **more)
+            else:
+                mappers = train_mappers(*train, class_text, recipe, seed, **more)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{name}: {error}") from error
+        how = recipe.sigma, seed
+        return [(m, statistics(m, train[0], train[2], t, *how)) for m, t in zip(mappers, train[3])]
+
+    done = zip(side_by_side(train, jobs, clip.device), jobs)
+    bar = tqdm(done, "mappers", len(jobs), unit="recipe", leave=False)  # of all its targets
+    try:
+        for made, (seed, name, missing) in bar:
+            for domain, (mapper, numbers) in zip(missing, made):
+                state = states[seed, name, domain]
+                state |= {"statistics": numbers, "mapper": mapper.cpu().state_dict()}
+                path = mapper_path(config.run, name, domain, seed)
                 write_atomically(path, lambda new: torch.save(state, new))
-        return states
-
-    jobs = [(seed, name) for seed in range(config.seeds) for name in recipes]
-    done = side_by_side(trained, jobs, clip.device)
-    bar = tqdm(done, "mappers of all targets", len(jobs), unit="run", leave=False)
-    for (_, name), states in zip(jobs, bar):
-        for domain in targets:
-            table[name, domain].append(states[domain]["statistics"])
+    except FloatingPointError as error:
+        fail(f"{error}. Look at the features, or weigh the terms otherwise.")
+    table = {
+        (name, domain): [states[seed, name, domain]["statistics"] for seed in range(config.seeds)]
+        for domain in targets for name in recipes
+    }
     results.append_statistics(config, table, len(splits[-1][0]))
 
 

@@ -80,7 +80,7 @@ class CoOp(Learner):
             ):
                 return self.clip.model.encode_text(tokens[rows].to(self.clip.device))
 
-        return self.clip.encode(tower, torch.arange(len(tokens), device=self.clip.device))
+        return self.clip.encode(tower, torch.arange(len(tokens)))
 
     def deeper(self, text):
         """A context within which the text tower has prompts in deeper layers, too: here, none."""

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +28,13 @@ def fail(message):
 
 
 def say_interrupted(kind, error, trace):
-    """One line at Ctrl-C, after which Python exits as killed by it: 130 in a shell."""
+    """One line at Ctrl-C, and an end as by that signal, 130 in a shell, whatever threads are at."""
     if issubclass(kind, KeyboardInterrupt):
         name = Path(sys.argv[0]).name
         tqdm.write(f"{name}: interrupted. Run it again, and it goes on.", file=sys.stderr)
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     else:
         sys.__excepthook__(kind, error, trace)
 

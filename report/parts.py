@@ -17,7 +17,7 @@ from evaluate import accuracy
 from features import autocast, encode_images
 from finetune import ce_step
 from lads import lads_loss
-from mapper import each, ldfs_loss, new_mappers
+from mapper import ldfs_loss, new_mappers, target_losses
 from methods import parse_recipe
 from report import peers
 
@@ -77,8 +77,8 @@ def mappers(rounds, n=412, d=384, classes=37, targets=4):
         batch = [x[:size] for x in everything]
 
         def step():
-            loss = each(mapper, weights, text_targets[:, :size],
-                        lambda m, t_k: loss_of(m, *batch, t_k, *rest)).sum()
+            loss = target_losses(mapper, weights, text_targets[:, :size],
+                                 lambda m, t_k: loss_of(m, *batch, t_k, *rest)).sum()
             value = loss.item()
             optimizer.zero_grad()
             loss.backward()

@@ -171,7 +171,7 @@ def test_training_is_deterministic_and_touches_only_the_mapper():
     assert not any(p.requires_grad for p in one.parameters())
 
 
-def test_mappers_are_trained_side_by_side_a_core_each():
+def test_jobs_go_side_by_side_a_core_each():
     threads, meet = torch.get_num_threads(), threading.Barrier(2, timeout=30)
 
     def work(job):
