@@ -6,6 +6,7 @@ No image of a target domain is read here. Each mapper is written to runs/…/map
 once it is there.
 """
 
+import contextlib
 from dataclasses import asdict
 from utils import fail, only_one_process, short_hash, undamaged, write_atomically
 
@@ -266,27 +267,26 @@ def main():
         train, val = ((z[i], labels[i], t_s[i], [t[i] for t in t_k]) for i in rows)
         length = "epochs" if recipe.loss == "lads" else "steps"
         more = {length: config.mapper_steps} if config.mapper_steps else {}
-        try:
-            if recipe.loss == "lads":
-                mappers = train_lads(train, val, lads_text, seed, **more)
-            else:
-                mappers = train_mappers(*train, class_text, recipe, seed, **more)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name}: {error}") from error
+        if recipe.loss == "lads":
+            mappers = train_lads(train, val, lads_text, seed, **more)
+        else:
+            mappers = train_mappers(*train, class_text, recipe, seed, **more)
         how = recipe.sigma, seed
         return [(m, statistics(m, train[0], train[2], t, *how)) for m, t in zip(mappers, train[3])]
 
-    done = zip(side_by_side(train, jobs, clip.device), jobs)
-    bar = tqdm(done, "mappers", len(jobs), unit="recipe", leave=False)  # of all its targets
-    try:
-        for made, (seed, name, missing) in bar:
+    bar = tqdm(jobs, "mappers", unit="recipe", leave=False)  # of all its targets
+    with contextlib.closing(side_by_side(train, jobs, clip.device)) as done:
+        for seed, name, missing in bar:
+            bar.set_postfix_str(f"{name}, seed {seed}")
+            try:
+                made = next(done)
+            except FloatingPointError as error:
+                fail(f"{name}: {error}. Look at the features, or weigh the terms otherwise.")
             for domain, (mapper, numbers) in zip(missing, made):
                 state = states[seed, name, domain]
                 state |= {"statistics": numbers, "mapper": mapper.cpu().state_dict()}
                 path = mapper_path(config.run, name, domain, seed)
                 write_atomically(path, lambda new: torch.save(state, new))
-    except FloatingPointError as error:
-        fail(f"{error}. Look at the features, or weigh the terms otherwise.")
     table = {
         (name, domain): [states[seed, name, domain]["statistics"] for seed in range(config.seeds)]
         for domain in targets for name in recipes
