@@ -1,7 +1,7 @@
 """Which plausible bugs would the tests notice? Puts one after another into a copy of the repository.
 
-    python tests/mutants.py            # all, some minutes; prints a table
-    python tests/mutants.py λ 4        # those with all of these words in their description
+    python tests/mutants.py > tests/mutants.md    # all, 8 minutes
+    python tests/mutants.py λ 4                   # those with all of these words in their description
 
 No part of the tests, nor of CI: for when the code, or the tests, have been turned over.
 """
@@ -106,6 +106,7 @@ def main():
     context, survivors = multiprocessing.get_context("forkserver"), 0
     context.set_forkserver_preload(["torch._dynamo", "open_clip", "transformers", "pandas", "pytest"])
     ignored = shutil.ignore_patterns(".*", "data", "runs", "results", "__pycache__")
+    print("| what goes wrong | in | tests | |\n| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         copy = shutil.copytree(ROOT, Path(scratch, "copy"), ignore=ignored)
         for name, old, new, tests in MUTANTS:
