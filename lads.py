@@ -36,7 +36,7 @@ def train_lads(train, val, class_text, seed=0, epochs=50, batch_size=256):
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(weights.values(), lr=0.005, weight_decay=0.05, eps=1e-6)
     class_weight = 1 / labels.bincount(minlength=len(class_text)).clamp(min=1)
-    kept, best = {name: w.detach().clone() for name, w in weights.items()}, float("inf")
+    best = [(float("inf"), None) for _ in text_targets]  # loss and mapper
     *judged, judged_targets = val if len(val[0]) else train
     for _ in range(epochs):
         order = torch.randperm(n, generator=generator, device=device)
@@ -48,14 +48,11 @@ def train_lads(train, val, class_text, seed=0, epochs=50, batch_size=256):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        loss = torch.stack([  # one by one: all images of all targets at once may be too many
-            lads_loss(m, *judged, t_k, class_text, class_weight)
-            for m, t_k in zip(frozen(weights), judged_targets)
-        ])
-        better = loss < best
-        best = loss.where(better, best)
-        for name, w in weights.items():
-            kept[name][better] = w.detach()[better]
-    if not best.isfinite().all():
+        # one by one: all images of all targets at once may be too many
+        for k, (m, t_k) in enumerate(zip(frozen(weights), judged_targets)):
+            loss = lads_loss(m, *judged, t_k, class_text, class_weight).item()
+            if loss < best[k][0]:
+                best[k] = loss, m
+    if any(m is None for _, m in best):
         raise FloatingPointError("the loss was never finite")
-    return frozen(kept)
+    return [m for _, m in best]
