@@ -36,6 +36,8 @@ def hub(tmp_path):
         patch.setenv("HF_HOME", str(tmp_path / "cache"))
         patch.setenv("HF_HUB_OFFLINE", "0")
         importlib.reload(constants)  # which else are those of when it was imported
+        # likewise, where a test before made it; older versions have none
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         yield server
     importlib.reload(constants)
     server.shutdown()
