@@ -265,7 +265,7 @@ def choose(found, parts, bench, same):
         pairs = read_shard(shard)[0] if hits else ()
         for (row, queries), cosine in zip(hits, nearest):
             _, location, text, extra = pairs[part["rows"][row]]
-            content = hashlib.sha256(location.read()).digest()
+            content = hashlib.sha256(location.read()).hexdigest()
             # CHOICE: a pair is a benchmark image at a cosine of 0.99 with one, and dropped without
             # replacement; alternative: --same; hashes of pixels, which a new JPEG escapes
             if cosine >= same:
@@ -275,6 +275,7 @@ def choose(found, parts, bench, same):
                 chosen[content]["queries"] |= queries
             else:
                 place = {"path": location.file, "offset": location.offset, "size": location.size}
+                place["sha256"] = content
                 chosen[content] = {**place, "text": text, "queries": queries, "json": extra}
         counts.update(available=len(ids), damaged=len(part["damaged"]))
         for name in part["damaged"]:
@@ -283,9 +284,10 @@ def choose(found, parts, bench, same):
     return [*chosen.values()], counts
 
 
-def main():
+def main(*argv):
+    """Run a stage, main("caption", *flags), or the one that the command line names."""
     stages = {"caption": caption, "retrieve": retrieve}
-    stage, *argv = sys.argv[1:] or [None]
+    stage, *argv = argv or sys.argv[1:] or [None]
     if stage not in stages:
         fail("say what to do: python anchors.py caption|retrieve DATASET [SOURCE] [flags]")
     if stage == "retrieve":  # ARF alone takes pairs: for its methods unless others are named

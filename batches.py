@@ -1,6 +1,7 @@
 """Images in batches; and what goes into a training step, in an order that a resumed run repeats."""
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -91,7 +92,9 @@ class Batch:
 
 @functools.cache
 def read_retrieved(run):
-    """What retrieved.jsonl was made with, and all its pairs, [(Location, text, {query: score})]."""
+    """What retrieved.jsonl was made with, and its pairs, [(Location, text, {query: score}, SHA-256
+    of the image)].
+    """
     path = run / "retrieved.jsonl"
     if not path.exists():
         fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
@@ -100,7 +103,7 @@ def read_retrieved(run):
         if len(rows) != header["retrieved"]:
             raise ValueError(f"{len(rows)} of {header['retrieved']} pairs")
         places = [data.Location("", row["path"], row["offset"], row["size"]) for row in rows]
-        pairs = [(place, row["text"], row["queries"]) for place, row in zip(places, rows)]
+        pairs = [(at, x["text"], x["queries"], x["sha256"]) for at, x in zip(places, rows)]
         return header.get("made_with", {}), pairs
 
 
@@ -112,13 +115,15 @@ def load_retrieved(config, dataset, items):
     mine = {location.path for location, _ in items} | {*dataset.classes}
     path, (made_with, pairs) = config.run / "retrieved.jsonl", read_retrieved(config.run)
     refuse_other(path, config, made_with)
-    found = [(image, text) for image, text, queries in pairs if mine & {*queries}]
+    found = [pair for pair in pairs if mine & {*pair[2]}]
     if not found:
         fail(f"{path} has no pair for these images. Retrieve with a larger --k.")
-    for shard in {image.file for image, _ in found}:
-        if not os.path.exists(shard):
-            fail(f"{shard}, a shard of the pool, is not there any more. Put it back.")
-    return found
+    for image, _, _, sha in {pair[0].file: pair for pair in found}.values():  # one of each shard
+        if not os.path.exists(image.file):
+            fail(f"{image.file}, a shard of the pool, is not there any more. Put it back.")
+        if hashlib.sha256(image.read()).hexdigest() != sha:
+            fail(f"{image.file} is not what {path} was made from. Put it back, or retrieve again.")
+    return [(image, text) for image, text, *_ in found]
 
 
 def batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved):

@@ -134,7 +134,7 @@ def figure5(config, dataset, clip, cached):
     results.append(config, rows)
 
     nearest = {}  # image: (score, Location, text) of the best pair retrieved for it
-    for location, text, queries in read_retrieved(config.run)[1]:
+    for location, text, queries, _ in read_retrieved(config.run)[1]:
         for query, score in queries.items():
             found = score, location, text
             nearest[query] = max(nearest.get(query, found), found, key=lambda pair: pair[0])

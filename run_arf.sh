@@ -11,11 +11,16 @@ cd "$root"
 cd "$OLDPWD"  # relative paths are the caller's
 case " $* " in *" -h "* | *" --help "*) exec python3 "$root/finetune.py" --help ;; esac
 
-python3 "$root/anchors.py" retrieve --paper arf "$@"   # image-text pairs: runs/…/retrieved.jsonl
-python3 "$root/anchors.py" caption --paper arf "$@"    # captions.jsonl beside the images
-python3 "$root/mapper.py" --paper arf "$@"             # LDFS's features, where a method takes them: runs/…/mappers/
-if [[ "$*" == *clipstyler* ]]; then                    # only where asked for
-  python3 "$root/clipstyler.py" --paper arf "$@"       # a baseline on images: runs/…/mappers/, clipstyler.png
-fi
-python3 "$root/finetune.py" --paper arf "$@"           # runs/…/checkpoints/
-python3 "$root/evaluate.py" --paper arf "$@"           # runs/…/results.jsonl, table.md, curve.png, figure5.png
+# One process, for to import PyTorch takes seconds. Each stage is a script, too: python3 finetune.py DATASET --paper arf …
+exec python3 -uc '
+import sys
+sys.path[0], sys.argv[:2] = sys.argv[1], ["run_arf.sh"]  # imports are from here, not from where the caller stands
+import anchors, mapper, clipstyler, finetune, evaluate
+
+anchors.main("retrieve", *sys.argv[1:])  # image-text pairs: runs/…/retrieved.jsonl
+anchors.main("caption", *sys.argv[1:])   # captions.jsonl beside the images
+mapper.main()                            # synthesised features of LDFS, where a method takes them: runs/…/mappers/
+clipstyler.main()                        # a baseline on images, where asked for: runs/…/mappers/, clipstyler.png
+finetune.main()                          # runs/…/checkpoints/
+evaluate.main()                          # runs/…/results.jsonl, table.md, curve.png, figure5.png
+' "$root" --paper arf "$@"

@@ -11,10 +11,15 @@ cd "$root"
 cd "$OLDPWD"  # relative paths are the caller's
 case " $* " in *" -h "* | *" --help "*) exec python3 "$root/finetune.py" --help ;; esac
 
-python3 "$root/anchors.py" caption "$@"     # a caption for every source image: captions.jsonl beside them
-python3 "$root/mapper.py" "$@"              # step 1: runs/…/mappers/
-if [[ "$*" == *clipstyler* ]]; then         # only where asked for: to import PyTorch takes seconds
-  python3 "$root/clipstyler.py" "$@"        # a baseline on images: runs/…/mappers/, clipstyler.png
-fi
-python3 "$root/finetune.py" "$@"            # step 2: runs/…/checkpoints/
-python3 "$root/evaluate.py" "$@"            # runs/…/results.jsonl, table.md, figure4.png
+# One process, for to import PyTorch takes seconds. Each stage is a script, too: python3 mapper.py DATASET SOURCE …
+exec python3 -uc '
+import sys
+sys.path[0], sys.argv[:2] = sys.argv[1], ["run_ldfs.sh"]  # imports are from here, not from where the caller stands
+import anchors, mapper, clipstyler, finetune, evaluate
+
+anchors.main("caption", *sys.argv[1:])  # a caption for every source image: captions.jsonl beside them
+mapper.main()                           # step 1: runs/…/mappers/
+clipstyler.main()                       # a baseline on images, where asked for: runs/…/mappers/, clipstyler.png
+finetune.main()                         # step 2: runs/…/checkpoints/
+evaluate.main()                         # runs/…/results.jsonl, table.md, figure4.png
+' "$root" "$@"

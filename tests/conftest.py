@@ -9,6 +9,7 @@ import re
 import runpy
 import socket
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, where th
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"cat": (220, 60, 60), "dog": (60, 200, 60), "red_house": (60, 60, 220)}
 DOMAINS = {"photo": "a photo", "sketch": "a sketch", "cartoon": "a cartoon"}
-STAGE = r'^ *python3 \S*?(\w+\.py)"? (.*)"\$@"'  # a line of a run script
+PROGRAM = r"^exec python3 -uc '\n(.+?)' \"\$root\" (.*)\"\$@\"$"  # of a run script, and its first flags
 
 
 @pytest.fixture
@@ -148,25 +149,27 @@ def tiny_pool(tmp_path):
 def script(tmp_path, monkeypatch, capsys):
     """Run a script of the repository as python3 would: script("mapper.py", …) -> what it printed.
 
-    Of run_ldfs.sh and run_arf.sh the stages, in their order. All in this process, which has
-    imported torch, open_clip and transformers; test_scripts.py starts a few for real.
+    Of run_ldfs.sh and run_arf.sh their program. All in this process, which has imported torch,
+    open_clip and transformers; test_scripts.py starts a few for real.
     """
 
     def call(name, *arguments, code=0):
-        stages = [(name, "")]
-        if name.endswith(".sh"):
-            stages = re.findall(STAGE, (ROOT / name).read_text(), re.M)
         monkeypatch.chdir(tmp_path)
+        arguments, status = [*map(str, arguments)], 0
         capsys.readouterr()
-        status = 0
         try:
-            for stage, words in stages:
-                monkeypatch.setattr("sys.argv", [stage, *words.split(), *map(str, arguments)])
-                runpy.run_path(str(ROOT / stage), run_name="__main__")
+            if name.endswith(".sh"):
+                [(program, flags)] = re.findall(PROGRAM, (ROOT / name).read_text(), re.M | re.S)
+                monkeypatch.setattr("sys.path", [*sys.path])
+                monkeypatch.setattr("sys.argv", ["-c", str(ROOT), *flags.split(), *arguments])
+                exec(program, {})
+            else:
+                monkeypatch.setattr("sys.argv", [name, *arguments])
+                runpy.run_path(str(ROOT / name), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
         done = subprocess.CompletedProcess(name, status, *capsys.readouterr())
-        assert stages and status == code, f"exit {status}:\n{done.stdout}\n{done.stderr}"
+        assert status == code, f"exit {status}:\n{done.stdout}\n{done.stderr}"
         return done
 
     return call

@@ -2,6 +2,7 @@
 exact search, leaks.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -383,7 +384,10 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         members |= {f"{i}.png": square(i), f"{i}.txt": b"text %d" % i}
     write_shard(tmp_path / "pool.tar", members)
     rows = [
-        {"path": at.file, "offset": at.offset, "size": at.size, "text": text, "queries": q}
+        {
+            "path": at.file, "offset": at.offset, "size": at.size, "text": text, "queries": q,
+            "sha256": hashlib.sha256(at.read()).hexdigest(),
+        }
         for (_, at, text, _), q in zip(read_shard(tmp_path / "pool.tar")[0], queries)
     ]
     data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": "", "retrieved": 4}, *rows])
@@ -402,6 +406,11 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
         batches.load_retrieved(other, dataset, [photos[zero]])
     assert "retrieved.jsonl was made with --k 3. Say so" in capsys.readouterr().err
     other.k = 3
+    members["0.png"], members["1.png"] = (members[f"{i}.png"] for i in (1, 0))
+    write_shard(tmp_path / "pool.tar", members)  # as long as before, with other pairs
+    with pytest.raises(SystemExit):
+        batches.load_retrieved(other, dataset, [photos[zero]])
+    assert "pool.tar is not what" in capsys.readouterr().err
     (tmp_path / "pool.tar").unlink()
     with pytest.raises(SystemExit):
         batches.load_retrieved(other, dataset, [photos[zero]])

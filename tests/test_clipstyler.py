@@ -1,14 +1,11 @@
 """clipstyler.py: its losses against formulas by hand, its files, and where it is of no use."""
 
 import os
-import re
-import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 
 import clipstyler
 import config
@@ -178,15 +175,3 @@ def test_a_stage_that_is_not_asked_for_loads_no_clip(script, tiny_data, stage, m
     arguments = ["tiny", "photo", "--data", tiny_data, "--model", "local-dir:/nowhere", "--methods"]
     done = script(stage, *arguments, *methods)
     assert done.stdout == done.stderr == ""
-
-
-@pytest.mark.parametrize("name", ["run_ldfs.sh", "run_arf.sh"])
-def test_the_run_scripts_start_it_only_where_it_is_asked_for(name):
-    line = re.search(r"^if \[\[.+\n.+clipstyler\.py.+\nfi$", (ROOT / name).read_text(), re.M)[0]
-    code = f'set -euo pipefail; root=.; python3() {{ echo "$1"; }}\n{line}\necho next'
-    for arguments, says in (
-        (["emoji", "3d"], "next\n"),
-        (["emoji", "--methods", "lads", "coop+clipstyler"], "./clipstyler.py\nnext\n"),
-    ):
-        done = subprocess.run(["bash", "-c", code, "run", *arguments], capture_output=True, text=True)
-        assert done.stdout == says and done.returncode == 0
