@@ -4,6 +4,7 @@ data set's features.
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def load_clip(config):
     if base.startswith(("local-dir:", "hf-hub:")):
         pretrained = None  # they bring their own
     place, device = place_of(base), the_device()
+    gc.collect()  # the captioner of an earlier stage, which holds itself and a GPU's memory
     logging.disable(logging.ERROR)  # what open_clip logs, it raises as well
     try:
         model, augment, preprocess = open_clip.create_model_and_transforms(
