@@ -66,7 +66,8 @@ def caption(config, dataset):
     if not any(method.needs_captions for method in config.methods.values()):
         return
     path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
-    utils.lock(path.with_name(f".{path.name}.lock"), f".{path.name}.*.part")
+    lock = path.with_name(f".{path.name}.lock")
+    utils.lock(lock, f".{path.name}.*.part")
     name = config.captioner or dataset.meta.captioner or "Salesforce/blip2-opt-2.7b"
     by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
     items, (rank, world) = dataset.trainable(config.source), ranks()
@@ -74,7 +75,6 @@ def caption(config, dataset):
     def stays(location, row):  # people's captions, which have neither "by" nor "bytes", always do
         its_own = row.get("bytes") in (None, os.path.getsize(location.file))  # of today's image
         return row["caption"] and its_own and (not config.captioner or row.get("by", by) == by)
-
     empty, there = {"caption": ""}, data.read_rows(path)[0]
     todo = [(x, y) for x, y in items[rank::world] if not stays(x, there.get(x.path, empty))]
     if todo:
@@ -90,6 +90,7 @@ def caption(config, dataset):
         data.write_rows(path, [merged[image] for image in sorted(merged)])
     for part in parts:
         part.unlink()
+    utils.unlock(lock)  # for runs on other domains, of other methods
     rows = [merged[location.path] for location, _ in items]
     print(
         f"{path}: {len(rows)} captions, {len({row['caption'] for row in rows})} different, "
@@ -230,11 +231,11 @@ def retrieve(config, dataset):
         features.cached_features(clip, tested, domain, config.run)(items)
         for tested in sets for domain, items in tested.images.items()
     ]
-    inputs = clip.fingerprint, shard_stamps(shards), names, config.k, config.same
+    made_with = {flag: getattr(config, flag) for flag in ("k", "same", "query", "model", "pool")}
+    inputs = clip.fingerprint, shard_stamps(shards), names, made_with
     config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
     if path.exists() and config_hash in path.open(errors="replace").readline():
         return print(f"{path} is there already")
-
     parts = (search_shard(clip, shard, cache, queries, config.k, hashed) for shard in shards)
     scores, ids = merge(parts, config.k)
     found = {}  # id in the pool: {query: score}
@@ -248,7 +249,6 @@ def retrieve(config, dataset):
         fail(f"the pool gives no pair to train on ({said}). Name another --pool, or a larger --k.")
     row = dict(method="retrieved", domain=config.source, split="train", n=counts["available"])
     results.append(config, [{**row, "measure": name, "value": n} for name, n in counts.items()])
-    made_with = {flag: getattr(config, flag) for flag in ("k", "same", "query", "model", "pool")}
     data.write_rows(path, [{"config_hash": config_hash, "made_with": made_with, **counts}, *pairs])
     print(f"{path}: {said} ({len(names)} queries by {config.query}, k = {config.k})")
 

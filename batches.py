@@ -90,7 +90,6 @@ class Batch:
                                             # R, the pairs of all processes
 
 
-@functools.cache
 def read_retrieved(run):
     """What retrieved.jsonl was made with, and its pairs, [(Location, text, {query: score}, SHA-256
     of the image)].
@@ -98,6 +97,12 @@ def read_retrieved(run):
     path = run / "retrieved.jsonl"
     if not path.exists():
         fail(f"{path} is not there. Retrieve pairs: python anchors.py retrieve DATASET SOURCE")
+    return parse_retrieved(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def parse_retrieved(path, mtime):
+    """What `read_retrieved` returns, once for all methods and seeds while the file is the same."""
     with undamaged(path, "Remove it, and retrieve again."):
         header, *rows = map(json.loads, path.read_text().splitlines())
         if len(rows) != header["retrieved"]:
@@ -119,9 +124,11 @@ def load_retrieved(config, dataset, items):
     if not found:
         fail(f"{path} has no pair for these images. Retrieve with a larger --k.")
     for image, _, _, sha in {pair[0].file: pair for pair in found}.values():  # one of each shard
-        if not os.path.exists(image.file):
-            fail(f"{image.file}, a shard of the pool, is not there any more. Put it back.")
-        if hashlib.sha256(image.read()).hexdigest() != sha:
+        try:
+            content = image.read()
+        except OSError as error:
+            fail(f"{image.file}, a shard of the pool: {error.strerror}. Put it back.")
+        if hashlib.sha256(content).hexdigest() != sha:
             fail(f"{image.file} is not what {path} was made from. Put it back, or retrieve again.")
     return [(image, text) for image, text, *_ in found]
 

@@ -248,7 +248,9 @@ def main():
                         *stamped, *said, neutral, class_prompts,
                     ),
                     "fingerprint": clip.fingerprint, "words": short_hash(*said),
-                    "made_with": {"mapper_steps": config.mapper_steps, "source": source},
+                    "made_with": {
+                        k: getattr(config, k) for k in ("mapper_steps", "source", "shots")
+                    },
                 }
                 path = mapper_path(config.run, name, domain, seed)
                 with undamaged(path, "Remove it, and run mapper.py again."):

@@ -80,7 +80,7 @@ def write_atomically(path, save, otherwise=fail):
             part.unlink(missing_ok=True)
 
 
-LOCKS = {}  # {path: the open file}, each until this process ends, however it does
+LOCKS = {}  # {path: the open file}, each until `unlock`, or this process ends, however it does
 
 
 def lock(path, *partial, shared=False):
@@ -108,6 +108,12 @@ def lock(path, *partial, shared=False):
         LOCKS[path] = file
     except OSError:  # read-only, where nothing is written; or a file system that has no locks
         pass
+
+
+def unlock(path):
+    """Let go of the lock `path`, if this process holds it."""
+    if file := LOCKS.pop(path.absolute(), None):
+        file.close()
 
 
 @contextlib.contextmanager

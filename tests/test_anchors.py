@@ -144,6 +144,8 @@ def test_captions_of_the_source_resume_after_a_kill(tiny_data, tiny_blip2, monke
     )
     call(monkeypatch, *common)
     assert captions_of(tiny_data) == whole and sum(said) == 30 and not part.exists()
+    # a run script goes on for hours: others may caption
+    assert path.with_name(".captions.jsonl.lock") not in anchors.utils.LOCKS
     stamp = path.stat().st_mtime_ns
     call(monkeypatch, *common)
     assert path.stat().st_mtime_ns == stamp and sum(said) == 30
@@ -363,6 +365,9 @@ def test_retrieval_embeds_once_and_searches_again_for_another_k(
     assert (run / "retrieved.jsonl").stat().st_mtime_ns == stamp
     assert "is there already" in capsys.readouterr().out
     call(monkeypatch, *find, "--k", 3)
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, *find, "--k", 3, "--pool", "pool")  # the same, which finetune.py compares by name
+    assert batches.read_retrieved(run)[0]["pool"] == "pool"
     # another benchmark: to be checked anew
     (tiny_data / "tiny" / "sketch" / "cat" / "0.png").write_bytes(square(7))
     call(monkeypatch, *find, "--k", 3)
@@ -405,16 +410,17 @@ def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path
     with pytest.raises(SystemExit):
         batches.load_retrieved(other, dataset, [photos[zero]])
     assert "retrieved.jsonl was made with --k 3. Say so" in capsys.readouterr().err
-    other.k = 3
-    members["0.png"], members["1.png"] = (members[f"{i}.png"] for i in (1, 0))
-    write_shard(tmp_path / "pool.tar", members)  # as long as before, with other pairs
+    data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 5}, "retrieved": 3}, *rows[:3]])
+    assert len(batches.load_retrieved(other, dataset, [photos[zero]])) == 2  # of what is there now
+    others = {f"{i}.png": members[f"{3 - i}.png"] for i in range(4)}
+    write_shard(tmp_path / "pool.tar", {**members, **others})  # as long as before, with other pairs
     with pytest.raises(SystemExit):
         batches.load_retrieved(other, dataset, [photos[zero]])
     assert "pool.tar is not what" in capsys.readouterr().err
     (tmp_path / "pool.tar").unlink()
     with pytest.raises(SystemExit):
         batches.load_retrieved(other, dataset, [photos[zero]])
-    assert "pool.tar, a shard of the pool, is not there any more" in capsys.readouterr().err
+    assert "pool.tar, a shard of the pool: No such file or directory. Put it back" in capsys.readouterr().err
     lost = tmp_path / "lost" / "retrieved.jsonl"
     lost.parent.mkdir()
     data.write_rows(lost, [{"retrieved": 4}, *rows[:3]])

@@ -159,6 +159,10 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsy
         utils.lock(tmp_path / ".lock", "checkpoints/.*.part")
     assert not part.exists()
     utils.lock(tmp_path / "nowhere" / ".lock")  # nothing can be written there
+    utils.unlock(tmp_path / ".lock")
+    other = holder(tmp_path / ".lock")
+    other.kill()
+    other.wait()
 
 
 def test_ctrl_c_is_one_line_and_status_130_in_a_shell():

@@ -248,6 +248,12 @@ def test_a_mapper_of_another_length_is_refused(tmp_path, capsys):
         mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's")
     assert f"{path} was made with the source photo." in capsys.readouterr().err
     config.source = "photo"
+    torch.save({**state, "made_with": {"shots": None}}, path)
+    config.shots = 1
+    with pytest.raises(SystemExit):
+        mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's")
+    assert f"{path} was made with no --shots." in capsys.readouterr().err
+    config.shots = None
     with pytest.raises(SystemExit):
         mapper.load_mapper(config, "ldfs", "sketch", 0, "CLIP's", words="another caption")
     assert f"{path}: captions or phrases were others then" in capsys.readouterr().err
