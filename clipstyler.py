@@ -4,7 +4,7 @@ in a style known by words, for step 2 (runs/â€¦/mappers/) and to look at (runs/â
     python clipstyler.py emoji 3d --methods clipstyler     # does nothing where it is not asked for
 """
 
-from utils import cached, fail, only_one_process, short_hash, undamaged
+from utils import cached, fail, load_whole, only_one_process, short_hash, undamaged
 
 import torch
 import torch.nn as nn
@@ -136,7 +136,7 @@ def load_styled(config, dataset, clip, domain, seed, items):
     if not path.exists():
         fail(f"{path} is not there. Make it: python clipstyler.py, with the same arguments.")
     with undamaged(path, "Remove it, and run clipstyler.py again."):
-        z = torch.load(path, map_location=clip.device)["z"]
+        z = load_whole(path, clip.device)["z"]
     row = {location: i for i, (location, _) in enumerate(dataset.images[config.source])}
     return z[[row[location] for location, _ in items]]
 

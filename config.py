@@ -108,8 +108,8 @@ def number(kind, low, high=math.inf):
 
 def flags(doc):
     """The parser of all stages: each takes every flag, and heeds its own."""
-    parser = Parser(description=doc.split("\n")[0], allow_abbrev=False)
-    add, count, amount = parser.add_argument, number(int, 0), number(float, 0)
+    parser = Parser(description=(doc or "").split("\n")[0], allow_abbrev=False)
+    add, count, amount = parser.add_argument, number(int, 0, 10**9), number(float, 0)
     add("dataset", help="a name in sets/, or a folder in --data that has a dataset.json")
     add("source", nargs="?", help="domain to finetune on; others are unseen (default: the first)")
     add("--data", default="data", help="folder that holds the data set's folder (default: data)")

@@ -87,7 +87,7 @@ class Meta:
             if not isinstance(value := getattr(self, f.name), f.type):
                 raise ValueError(f"{f.name} cannot be {value!r}")
         phrases, shares = self.phrases.values(), self.fractions.values()
-        if len(phrases) < 2 or not all(isinstance(text, str) and text for text in phrases):
+        if len(phrases) < 2 or not all(isinstance(text, str) and text.strip() for text in phrases):
             raise ValueError("it needs phrases of two domains or more")
         whole = self.fractions.keys() == FRACTIONS.keys() and abs(sum(shares) - 1) < 1e-6
         if not whole or min(shares) < 0:

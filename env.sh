@@ -1,7 +1,7 @@
 # Sourced by the run scripts: makes sure that `python3` has the packages. Installs nothing where it already has them
 # (conda, a container); else it makes .venv here and installs requirements.txt into it.
 have_packages() {
-  python3 - <<'PYTHON'
+  python3 - 2>/dev/null <<'PYTHON'
 import importlib.util, shutil, sys
 needed = ["torch", "torchvision", "open_clip", "transformers", "faiss", "datasets", "pandas", "tqdm",
           "matplotlib", "resvg_py", "pytest"]

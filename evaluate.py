@@ -15,7 +15,7 @@ domains. Accuracy is top-1, over images, in per cent.
 import contextlib
 import functools
 import statistics
-from utils import fail, only_one_process, short_hash, undamaged, warn, write_atomically
+from utils import fail, load_whole, only_one_process, short_hash, undamaged, warn, write_atomically
 
 import torch
 import torch.nn.functional as F
@@ -203,7 +203,7 @@ def measure_checkpoints(config, dataset, clip, cached):
         if not path.exists():
             fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
         with undamaged(path, "Remove it, and run finetune.py again."):
-            state = torch.load(path, map_location="cpu")
+            state = load_whole(path, "cpu")
             tuned = state["modules"]
             whole = state["optimizer"] is None and state["fingerprint"] == clip.fingerprint
         if not whole:

@@ -9,7 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from utils import cached, damaged_copy, fail, from_root, one_line, short_hash
+from utils import cached, damaged_copy, fail, from_root, load_whole, one_line, short_hash
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +219,7 @@ def read_checkpoint(path):
     checkpoint of finetune.py.
     """
     try:
-        state = torch.load(path, map_location="cpu")
+        state = load_whole(path, "cpu")
         (base, pretrained), towers = state["base"], towers_of(state["modules"])
         whole, weights = state["optimizer"] is None, state["weights"]
     except FileNotFoundError:

@@ -8,7 +8,7 @@ once it is there.
 
 import contextlib
 from dataclasses import asdict
-from utils import fail, only_one_process, short_hash, undamaged, write_atomically
+from utils import fail, load_whole, only_one_process, short_hash, undamaged, write_atomically
 
 import torch
 import torch.nn as nn
@@ -175,7 +175,7 @@ def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu", wo
     if not path.exists():
         fail(f"{path} is not there. Train it: mapper.py DATASET SOURCE --methods {recipe_name}")
     with undamaged(path, "Remove it, and run mapper.py again."):
-        state = torch.load(path, map_location=device)
+        state = load_whole(path, device)
         if state["fingerprint"] != fingerprint:
             fail(f"{path} is for another model. Run mapper.py again, or name another --run.")
         refuse_other(path, config, state.get("made_with", {}))
@@ -254,7 +254,7 @@ def main():
                 }
                 path = mapper_path(config.run, name, domain, seed)
                 with undamaged(path, "Remove it, and run mapper.py again."):
-                    there = torch.load(path) if path.exists() else state
+                    there = load_whole(path) if path.exists() else state
                     same = there["config_hash"] == state["config_hash"]
                 states[seed, name, domain] = there if same else state
             missing = [domain for domain in targets if "mapper" not in states[seed, name, domain]]

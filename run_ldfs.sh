@@ -5,7 +5,7 @@
 #
 # Every stage takes the same flags (--help lists them) and skips what is there and valid: a killed run goes on.
 set -euo pipefail
-root=$(cd "$(dirname "$0")" && pwd)
+root=$(CDPATH= cd -- "$(dirname "$0")" && pwd)
 cd "$root"
 . ./env.sh
 cd "$OLDPWD"  # relative paths are the caller's
@@ -14,7 +14,8 @@ case " $* " in *" -h "* | *" --help "*) exec python3 "$root/finetune.py" --help 
 # One process, for to import PyTorch takes seconds. Each stage is a script, too: python3 mapper.py DATASET SOURCE …
 exec python3 -uc '
 import sys
-sys.path[0], sys.argv[:2] = sys.argv[1], ["run_ldfs.sh"]  # imports are from here, not from where the caller stands
+sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]  # imports are from here, not from where the caller stands
+sys.argv[0] = "run_ldfs.sh"
 import anchors, mapper, clipstyler, finetune, evaluate
 
 anchors.main("caption", *sys.argv[1:])  # a caption for every source image: captions.jsonl beside them

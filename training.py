@@ -1,7 +1,7 @@
 """One training loop, which knows nothing of methods: schedule, checkpoint, resume, processes."""
 
 import math
-from utils import undamaged, write_atomically
+from utils import load_whole, undamaged, write_atomically
 
 import torch
 import torch.nn as nn
@@ -22,7 +22,7 @@ def fit(learner, batches, steps_per_epoch, schedule, checkpoint, config_hash, ab
     first, last = 0, schedule.epochs * steps_per_epoch
     if checkpoint.exists():
         with undamaged(checkpoint, "Remove it, to train anew."):
-            state = torch.load(checkpoint, map_location=learner.clip.device)
+            state = load_whole(checkpoint, learner.clip.device)
             if state["config_hash"] == config_hash:
                 learner.load_state_dict(state["modules"])
                 first = state["epoch"]

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -142,12 +143,24 @@ def damaged_copy(repository):
     return ""
 
 
-def cached(path, make):
-    """What make() gives, as torch.save keeps it in `path`; made anew where that is damaged."""
+def load_whole(path, device=None):
+    """What torch.save keeps in `path`; raises also where a byte has changed since, which torch.load
+    lets pass.
+    """
     import torch  # here, for it takes seconds, and not all scripts need it
 
+    with zipfile.ZipFile(path) as file:
+        if member := file.testzip():  # by its CRC
+            raise zipfile.BadZipFile(member)
+    return torch.load(path, map_location=device)
+
+
+def cached(path, make):
+    """What make() gives, as torch.save keeps it in `path`; made anew where that is damaged."""
+    import torch
+
     try:
-        return torch.load(path)
+        return load_whole(path)
     except Exception:  # there is none, as a rule
         if path.exists():
             warn(f"{path} is damaged, and made anew")

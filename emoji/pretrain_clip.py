@@ -9,7 +9,7 @@ import functools
 import json
 import random
 from pathlib import Path
-from utils import ROOT, fail, short_hash, write_atomically
+from utils import ROOT, fail, load_whole, short_hash, write_atomically
 
 import open_clip
 import torch
@@ -71,7 +71,7 @@ def fit(name, model, groups, n, epochs, loss_of, folder, key, frozen=(), batch_s
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
     parts, first = {"model": model, "optimizer": optimizer, "cycle": cycle}, 0
     if done.exists():
-        state = torch.load(done)
+        state = load_whole(done)
         first = state["epoch"]
         for part in parts:
             parts[part].load_state_dict(state[part])

@@ -19,6 +19,8 @@ def read_meta(name, root="data"):
     Exits with status 2 where there is no description, or none that can be.
     """
     folder, shipped = Path(root, name), ROOT / "sets" / f"{name}.json"
+    if Path(name).name != name:  # splits and run folders go by the name
+        fail(f"{name} is a path, not a data set's name. Say: {folder.name} --data {folder.parent}")
     description = json.loads(shipped.read_text()) if shipped.exists() else {}
     needed = [*description.get("phrases", ["dataset.json"])]
     if not (folder / needed[0]).exists() and all(Path(root, entry).exists() for entry in needed):
@@ -34,10 +36,13 @@ def read_meta(name, root="data"):
     # commands, and what only ImageNet has, are for sets/ alone to say
     keys = {f.name for f in fields(Meta)} - {"made_by", "pool_made_by", "shifted", "zero_shot"}
     try:
-        own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        own = json.loads(file.read_text(encoding="utf-8-sig")) if file.exists() else {}
         if unknown := {*own} - keys:
             raise ValueError(f"{min(unknown)!r} is none of {', '.join(sorted(keys))}")
-        return folder, Meta(**{**description, **own})
+        meta, means = Meta(**{**description, **own}), {"OOD mean", "extended", "unseen mean"}
+        if odd := {*meta.templates, *meta.counts} - {*meta.phrases} | means & {*meta.phrases}:
+            raise ValueError(f"{min(odd)!r} is no domain with a phrase, or is the name of a mean")
+        return folder, meta
     except (OSError, TypeError, ValueError, RecursionError) as error:
         fail(f"{file} does not describe a data set: {one_line(error)}. DATA.md shows one.")
 

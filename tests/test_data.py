@@ -231,6 +231,13 @@ def test_a_bad_model_is_refused_by_name(tiny_data, capsys, name):
     assert f"--model {name}: " in refusal(capsys, lambda: load_clip(name, tiny_data))
 
 
+def test_a_path_is_not_taken_for_a_name(tiny_data, capsys):
+    """Splits are drawn by the name: "tiny/" would have others than "tiny"."""
+    for name in ("tiny/", str(tiny_data / "tiny"), "../data/tiny"):
+        said = refusal(capsys, lambda: data.load(name, tiny_data))
+        assert f"{name} is a path" in said and "Say: tiny --data " in said
+
+
 @pytest.mark.parametrize("content, says", [
     ("{", "Expecting property name"), ("[]", "not a mapping"), ("3", "not iterable"),
     ('{"fractions": {}}', "phrases of two domains"),
@@ -255,6 +262,9 @@ def test_what_is_no_description_is_refused(tiny_data, capsys, content, says):
     ("templates", {"photo": ["a {c}."]}, "its templates"),
     ("templates", {"photo": "a {}."}, "its templates"),
     ("templates", {"photo": [3]}, "expected string"),
+    ("templates", {"foto": ["a {}."]}, "'foto' is no domain"), ("counts", {"foto": 3}, "'foto' is no domain"),
+    ("phrases", {"photo": "a photo", "extended": "a sketch"}, "'extended' is no domain"),  # but a mean
+    ("phrases", {"photo": "a photo", "sketch": " "}, "it needs phrases of two domains"),
     ("schedules", {"head": {"lr": 1}}, "its schedules"), ("k", 0, "its k is below 1"),
     ("frozen_stages", 6, "'frozen_stages' is none of"),
     ("made_by", "python -c 1", "'made_by' is none of"),  # nobody's code but ours is run

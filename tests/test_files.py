@@ -60,6 +60,18 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path, capsys, file, content):
     assert str(path) in said and "is damaged" in said and says in said
 
 
+def test_a_byte_that_changed_is_noticed(tmp_path, capsys):
+    """… also where torch.load gives what it then says."""
+    path, x = tmp_path / "x.pt", torch.ones(1000)
+    assert torch.equal(utils.cached(path, lambda: x), x) and torch.equal(utils.load_whole(path), x)
+    content = bytearray(path.read_bytes())
+    content[content.index(x.numpy().tobytes()) + 1002] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path), x)
+    assert torch.equal(utils.cached(path, lambda: x), x)  # made anew
+    assert f"{path} is damaged" in capsys.readouterr().err and torch.equal(utils.load_whole(path), x)
+
+
 def test_half_a_line_of_results_is_named_by_its_number(tmp_path, capsys):
     config = SimpleNamespace(run=tmp_path, record=lambda: {
         "dataset": "d", "source": "photo", "model": "m", "schedules": {},
