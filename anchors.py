@@ -1,4 +1,4 @@
-"""ARF's anchors: captions of the finetuning images, and pairs like those CLIP was pretrained on.
+"""ARF's anchors: captions of the source's images, and pairs like those CLIP was pretrained on.
 
     python anchors.py caption pacs photo     # TCAG: captions.jsonl beside the images, for LDFS too
     python anchors.py retrieve pacs photo    # ITAR: runs/pacs-photo/retrieved.jsonl
@@ -175,7 +175,7 @@ def search(queries, parts, k):
 
 
 def merge(found, k):
-    """Of what was found in parts of a pool, what a search of the whole finds: scores and ids.
+    """Of the k nearest in each part of a pool, the k nearest in the whole: scores and ids.
 
     found: iterator of scores and ids, both (Q, k or less), in one part, and the part's length.
     """

@@ -125,7 +125,7 @@ def flags(doc):
     add("--seeds", type=count, help="seeds 0 … N-1: split, start, order (default: 5; arf: 1)")
     add("--shots", type=count, help="train on so many images of each class (default: all)")
     add = parser.add_argument_group("captions (anchors.py)").add_argument
-    add("--captioner", help="on the hub, or a folder; if named, others' captions give way")
+    add("--captioner", help="on the hub, or a folder; if named, it replaces others' captions")
     add("--prompt", default="", help="words that the caption goes on from (default: none)")
     add("--beams", type=count, default=5, help="beams of the search (default: 5)")
     add("--max-tokens", type=count, default=30, help="longest caption (default: 30)")

@@ -1,4 +1,4 @@
-"""Evaluate: the only file that reads images of target domains in order to measure.
+"""Evaluate: with quality.py, which it calls, all that measures on images of target domains.
 
     python evaluate.py emoji 3d --paper arf --alphas 0.5      # every checkpoint of these methods
     python -m report.tables runs/pacs-photo                   # the tables again, from results alone
@@ -93,8 +93,9 @@ def unseen_accuracies(dataset, features_of, head_of):
 
 
 def heads(clip, dataset, source, trained=None):
-    """head_of(domain): the trained head, or a prompt's `classifier` for the names there, else the
-    text tower's zero-shot head at the time of the call.
+    """head_of(domain), by `trained`: of a head (weight, bias), its rows of the classes there; of a
+    prompt's `classifier`, what it makes of their names; of None, the text tower's zero-shot head at
+    the time of the call.
 
     CHOICE: unseen classes, too, are named in the source's words, whatever the domain, since a model
     in use does not know what domain it meets; alternative: in each domain's own.

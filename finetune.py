@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 8 -- finetune.py …       # … and with a batch split over eight GPUs
 
 No image of a target domain is read here, and no result chooses anything: the last step is what is
-kept. Checkpoints go to runs/…/checkpoints/; a killed run goes on after its last finished epoch.
+kept. Checkpoints go to runs/…/checkpoints/; a killed run goes on after its last finished epoch (a
+linear head's, which takes seconds, from its start).
 """
 
 import math

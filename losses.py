@@ -3,8 +3,8 @@ be pasted alone.
 
 Paste a function together with the two imports below; nothing else is needed. Everything is a batch
 of B rows of L2-normalised CLIP features of length d, in float32 or float64, outside autocast
-(bfloat16 logits of 100 are steps of a half); every loss is a mean over the batch, without unit,
-with finite values and gradients for all finite input.
+(in bfloat16 numbers near 100 are half a unit apart); every loss is a mean over the batch, with
+finite values and gradients for all finite input.
 
 The equations are this project's reconstruction in the papers' letters: neither paper's equations
 could be had, nor is there public code. What the papers do not say is marked as a choice, with its
@@ -21,8 +21,8 @@ def local_adaptation(z, z_hat, text_source, text_target):
 
     z, z_hat: (B, d) image features, original and synthesised. text_source, text_target: (B, d)
     features of each image's own caption in the words of the source and of the target domain.
-    Returns a scalar in [0, 2]. With texts of the class in place of texts of the image this is
-    LADS's direction, with one text for the whole domain StyleGAN-NADA's: global ones.
+    Returns a scalar in [0, 2]. With texts of its class in place of the image's own this is
+    LADS's direction, with one text for the domain StyleGAN-NADA's: both are global.
     Source: LDFS, figures 2 and 3 (b).
     CHOICE: ẑ of unit norm, as it is used afterwards; alternative: the mapper's output before it is
     normalised, as in LADS.

@@ -2,8 +2,8 @@
 
     python mapper.py pacs photo --methods lads ldfs ldfs:sigma=0      # see methods.py
 
-No image of a target domain is read here. Each mapper is written to runs/…/mappers/, and left alone
-once it is there.
+No image of a target domain is read here. Each mapper is written to runs/…/mappers/, and kept
+while it is what the same inputs would make.
 """
 
 import contextlib

@@ -22,8 +22,8 @@ def neighbours(z_hat, real):
 
 
 def consistency(z_hat, labels, target, source):
-    """Domain consistency, class consistency and number of unique neighbours of synthesised
-    features.
+    """Domain consistency, class consistency and unique neighbours of synthesised features, in per
+    cent.
 
     z_hat: (B, d), labels: (B,). target, source: (z (N, d), labels (N,)) of real images of the
     domains. Domain: per cent whose nearest real image of either domain is of the target's. Class:
@@ -113,7 +113,7 @@ def figure5(config, dataset, clip, cached):
     """Append how good captions are, beside shuffled ones and people's; draw the anchors."""
     methods = config.methods.values()
     if not (any(m.captions for m in methods) and any(m.retrieved for m in methods)):
-        return print("no figure 5: no methods take both captions and retrieved pairs")
+        return print("no figure 5: it needs methods that take captions and retrieved pairs")
     items = dataset.trainable(config.source)
     captions, file = data.captions(dataset, items), data.read_captions(dataset.captions)
     # what the captioner said, also where it is not used

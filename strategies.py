@@ -20,7 +20,8 @@ from distributed import share
 class Learner(nn.Module):
     """Trains what wants a gradient, by `step`: `ce_step` of finetune.py, or `contrastive_step`.
 
-    evaluate.py classifies with its `head`, (C, d), if there is one, else by the class prompts.
+    evaluate.py classifies with its `head`, (C, d), if there is one, else, and among classes that a
+    head does not have, by class prompts.
     """
 
     slow = True  # worth a checkpoint after each epoch
