@@ -208,6 +208,9 @@ def parse(doc, argv=None):
         fail(f"{dataset.name}'s {source} is to be tested on alone. Finetune on another: {first}.")
     if not dataset.trainable(source):
         fail(f"{dataset.folder}/{source}_test.txt leaves no image to train on. Shorten it.")
+    if not dataset.split(source, source, "test", 0):  # said before all is trained
+        where = dataset.folder / source
+        fail(f"no image of {where} is left to test on. Add some, or mend the fractions (DATA.md).")
     if recipes_of(methods) and not dataset.styles(source):  # nothing to tell a mapper
         fail(
             f"{dataset.name}: its domains are all called {dataset.meta.phrases[source]!r}: no text "

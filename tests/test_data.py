@@ -231,6 +231,13 @@ def test_a_bad_model_is_refused_by_name(tiny_data, capsys, name):
     assert f"--model {name}: " in refusal(capsys, lambda: load_clip(name, tiny_data))
 
 
+def test_a_source_without_test_images_is_refused_before_it_is_trained_on(tiny_data, tmp_path, capsys):
+    change(tiny_data, fractions={"train": 0.9, "val": 0.1, "test": 0})
+    argv = ["tiny", "photo", "--data", str(tiny_data), "--run", str(tmp_path / "run")]
+    said = refusal(capsys, lambda: config.parse("", argv))
+    assert f"no image of {tiny_data / 'tiny' / 'photo'} is left to test on" in said
+
+
 def test_a_path_is_not_taken_for_a_name(tiny_data, capsys):
     """Splits are drawn by the name: "tiny/" would have others than "tiny"."""
     for name in ("tiny/", str(tiny_data / "tiny"), "../data/tiny"):
