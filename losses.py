@@ -25,7 +25,7 @@ def local_adaptation(z, z_hat, text_source, text_target):
     LADS's direction, with one text for the domain StyleGAN-NADA's: both are global.
     Source: LDFS, figures 2 and 3 (b).
     CHOICE: ẑ of unit norm, as it is used afterwards; alternative: the mapper's output before it is
-    normalised, as in LADS.
+    normalised, as in LADS (ldfs:unit=0).
     """
     # The cosine of a zero-length shift (ẑ = z, say from a zero-initialised residual mapper) has no
     # value. Norms count as at least eps, so it is 0 there; a larger eps than the usual 1e-8 keeps

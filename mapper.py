@@ -49,11 +49,12 @@ def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, g
     or class. class_text: T, (C, d). All unit norm.
     Source: LDFS, figure 2; the class term: LADS.
     """
-    z_hat = mapper(z)                                                                      # (B, d)
+    output = mapper(z, unit=False)                                                         # (B, d)
+    z_hat = F.normalize(output, dim=-1)                                                    # (B, d)
     # ε is drawn for source and target on their own: a shared one would cancel in the difference
     t_s = stochastic_text(text_source, recipe.sigma, generator)                            # (B, d)
     t_k = stochastic_text(text_target, recipe.sigma, generator)                            # (B, d)
-    loss = local_adaptation(z, z_hat, t_s, t_k)
+    loss = local_adaptation(z, z_hat if recipe.unit else output, t_s, t_k)
     if recipe.pair:
         loss = loss + recipe.pair * pairwise_relation(z, z_hat, recipe.form)
     if recipe.cls:  # LADS's class loss has no logit scale
@@ -211,8 +212,7 @@ def main():
 
     config, dataset = parse(__doc__)
     only_one_process("mapper.py", "takes one process: run it without torchrun")
-    recipes = recipes_of(config.methods)
-    recipes.pop("clipstyler", None)
+    recipes = {k: v for k, v in recipes_of(config.methods).items() if k != "clipstyler"}
     if not recipes:
         return  # finetune, flyp and arf need no mapper, and clipstyler has networks of its own
     source, targets = config.source, dataset.styles(config.source)

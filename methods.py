@@ -19,6 +19,7 @@ from utils import fail
 ABLATIONS = [  # what --ablate adds: LDFS without each of its parts, and with other weights
     "ldfs:direction=class", "ldfs:sigma=0", "ldfs:pair=0", "ldfs:cls=0", "ldfs:form=cosine",
     "ldfs:sigma=0.003", "ldfs:sigma=0.03", "ldfs:sigma=0.1", "ldfs:pair=0.3", "ldfs:pair=3",
+    "ldfs:unit=0",
 ]
 
 
@@ -43,6 +44,7 @@ class Recipe:
     pair: float = 1.0           # λ_pair
     form: str = "angle"         # L_pair on angles, as the paper says; or the difference of cosines
     cls: float = 1.0            # λ_cls
+    unit: int = 1               # L_ld on ẑ of unit norm; 0: on the mapper's output, as in LADS
     loss: str = "ldfs"          # or "lads": loss and schedule of its public code;
                                 # or "clipstyler": no mapper but a network of images
 

@@ -28,6 +28,7 @@ MUTANTS = [  # (what goes wrong, what stands once in the program, what does inst
     ("λ_pair ignored", "recipe.pair * pairwise", "pairwise", "mapper"),
     ("λ_cls ignored", "recipe.cls * class", "class", "mapper"),
     ("L_cls reads z", "* class_consistency(z_hat,", "* class_consistency(z,", "mapper"),
+    ("unit ignored", "z_hat if recipe.unit else output", "z_hat", "mapper -k first_steps"),
     ("mapper's weight decay 0", "lr=3e-3, weight_decay=0.05", "lr=3e-3, weight_decay=0.0", "mapper"),
     ("LADS keeps the last epoch", "if loss < best[k][0]:", "if True:", "mapper"),
     ("LADS's best epoch is that of all targets", "if loss < best[k][0]:", "if loss < best[0][0]:", "mapper"),

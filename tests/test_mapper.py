@@ -66,16 +66,19 @@ def test_each_part_of_the_loss_changes_what_is_learned(change):
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
 
 
-def test_a_mapper_takes_the_first_steps_of_l_1():
+@pytest.mark.parametrize("unit", [1, 0])
+def test_a_mapper_takes_the_first_steps_of_l_1(unit):
     """Against the loss as it is written, each term by its own weight, AdamW, and a cosine."""
     z, labels, text_source, text_target, class_text = world(n=6)
-    recipe, steps, others = Recipe(sigma=0.0, pair=0.3, cls=0.7), 20, ~torch.eye(6, dtype=torch.bool)
+    recipe, steps = Recipe(sigma=0.0, pair=0.3, cls=0.7, unit=unit), 20
+    others = ~torch.eye(6, dtype=torch.bool)
     got = train_mapper(z, labels, text_source, text_target, class_text, recipe, steps=steps)
     m, _ = mapper.new_mappers(1, 16, 0, "cpu")
     optimizer = torch.optim.AdamW(m.parameters(), lr=3e-3, weight_decay=0.05)
     for step in range(steps):  # a batch is all images, so that their order does not matter
         z_hat = m(z)
-        direction = 1 - F.cosine_similarity(z_hat - z, text_target - text_source).mean()
+        shift = (z_hat if unit else m.net(z)) - z
+        direction = 1 - F.cosine_similarity(shift, text_target - text_source).mean()
         angles = [(x @ x.T)[others].arccos() for x in (z, z_hat)]
         pair, cls = (angles[1] - angles[0]).abs().mean(), F.cross_entropy(z_hat @ class_text.T, labels)
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * step / steps)) / 2
