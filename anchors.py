@@ -66,8 +66,7 @@ def caption(config, dataset):
     if not any(method.needs_captions for method in config.methods.values()):
         return
     path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
-    lock = path.with_name(f".{path.name}.lock")
-    utils.lock(lock, f".{path.name}.*.part")
+    utils.lock(lock := path.with_name(f".{path.name}.lock"), f".{path.name}.*.part")
     name = config.captioner or dataset.meta.captioner or "Salesforce/blip2-opt-2.7b"
     by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
     items, (rank, world) = dataset.trainable(config.source), ranks()
@@ -75,6 +74,7 @@ def caption(config, dataset):
     def stays(location, row):  # people's captions, which have neither "by" nor "bytes", always do
         its_own = row.get("bytes") in (None, os.path.getsize(location.file))  # of today's image
         return row["caption"] and its_own and (not config.captioner or row.get("by", by) == by)
+
     empty, there = {"caption": ""}, data.read_rows(path)[0]
     todo = [(x, y) for x, y in items[rank::world] if not stays(x, there.get(x.path, empty))]
     if todo:

@@ -1,6 +1,6 @@
 # Sourced by the run scripts: makes sure that `python3` has the packages. Installs nothing where it already has them
 # (conda, a container); else it makes .venv here and installs requirements.txt into it.
-have_packages() {
+have_packages() {  # quiet, for at Ctrl-C Python would print where it was
   python3 - 2>/dev/null <<'PYTHON'
 import importlib.util, shutil, sys
 needed = ["torch", "torchvision", "open_clip", "transformers", "faiss", "datasets", "pandas", "tqdm",

@@ -171,9 +171,9 @@ def measure_checkpoints(config, dataset, clip, cached):
     ))
     clip_0 = {k: v.cpu().clone() for k, v in clip.model.state_dict().items()}
     text = zero_shot_head(clip, *data.prompt_templates(dataset, config.source))
-    # what holds of each row is its last; every job writes an OOD mean, if only that there is none
-    last = {results.thing(row): row for row in results.rows(config.run)}
-    measured = {row["key"] for row in last.values() if row["domain"] == "OOD mean"}
+    rows = results.latest(config.run).values()
+    # every job writes an OOD mean, if only that there is none
+    measured = {row["key"] for row in rows if row["domain"] == "OOD mean"}
 
     def encode(dataset, domain, items):
         return encode_images(clip, items, label=domain)
@@ -192,13 +192,13 @@ def measure_checkpoints(config, dataset, clip, cached):
         shared = {"method": name, "seed": seed, "tested": tested[:8]}
         if name == "zero-shot":
             open_set = any(m.train != "linear" for m in config.methods.values())
-            key, more = (
+            keys = [  # what was measured on unseen classes, too, holds without them
                 short_hash(clip.fingerprint, tested, seed, config.id, unseen_too)[:12]
                 for unseen_too in (open_set, True)
-            )
-            if not measured & {key, more}:
+            ]
+            if measured.isdisjoint(keys):
                 rows = measure(cached, None, open_set, seed)
-                results.append(config, [{**row, **shared, "key": key} for row in rows])
+                results.append(config, [{**row, **shared, "key": keys[0]} for row in rows])
             continue
         path, method = checkpoint_path(config, name, seed), config.methods[name]
         if not path.exists():

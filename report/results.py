@@ -46,7 +46,7 @@ def append(config, new):
     settings = {**config.record(), "versions": versions, "commit": commit()}
     settings = json.loads(json.dumps(settings, default=str))  # as they will be read
     name, lines = short_hash(json.dumps(settings, sort_keys=True))[:8], {}
-    known = {thing(row): row for row in rows(config.run)}
+    known = latest(config.run)
     cell = ("domain", "value", "n")
     for row in new:
         row = {**DEFAULTS, **{k: v for k, v in row.items() if v is not None}}
@@ -106,6 +106,11 @@ def rows(run):
                 for domain, (value, n) in shared.pop("values").items():
                     found.append({**shared, "domain": domain, "value": value, "n": n})
     return found
+
+
+def latest(run):
+    """{thing: the last row about it}, of all that were ever appended."""
+    return {thing(row): row for row in rows(run)}
 
 
 def read(run):

@@ -53,7 +53,7 @@ MUTANTS = [  # (what goes wrong, what stands once in the program, what does inst
     ("exchanged shards pass", "if hashlib.sha256(content).hexdigest() != sha:", "if False:", "anchors"),
     ("changed bytes pass", "if member := file.testzip():", "if member := None:", "files"),
     ("captions stay locked", "    utils.unlock(lock)  #", "    #", "anchors -k resume"),
-    ("what changed back is not measured", "for row in last.values() if row", "for row in results.rows(config.run) if row", "evaluate"),
+    ("what changed back is not measured", "rows = results.latest(config.run).values()", "rows = results.rows(config.run)", "evaluate"),
     ("caption by position in the batch", "[captions[row] for row in rows.tolist()]", "[captions[i] for i in range(len(rows))]", "finetune"),
     ("one template for all", "tokens[template[rows], labels[rows]]", "tokens[0, labels[rows]]", "finetune"),
     ("augmentation off", "numbered, clip.augment", "numbered, clip.preprocess", "finetune"),
