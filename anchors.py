@@ -1,131 +1,168 @@
 """ARF's anchors: captions of the source's images, and pairs like those CLIP was pretrained on.
 
     python anchors.py caption pacs photo     # TCAG: captions.jsonl beside the images, for LDFS too
-    python anchors.py retrieve pacs photo    # ITAR: runs/pacs-photo/retrieved.jsonl
-    torchrun --nproc-per-node 8 -- anchors.py caption …       # the work is split over processes
+    python anchors.py retrieve pacs photo    # ITAR: runs/pacs-photo/pairs/
+    torchrun --nproc-per-node 8 -- anchors.py caption …       # the work is split over the ranks
 
-Both look at the source's images only (ITAR at others to keep them out of what it retrieves), and
-can be killed at any moment: they go on where they stopped.
+Both use the source's images only; ITAR compares what it retrieves with the test images to leave
+them out. A killed run goes on where it stopped.
 """
 
 import hashlib
 import json
 import os
-import re
 import sys
-import time
-import utils
 from collections import Counter
-from pathlib import Path
-from utils import fail, short_hash, write_atomically
 
 import torch
 import torch.nn.functional as F
 
 import data
-import features
 from batches import image_batches, in_order
-from config import flags, parse
-from distributed import barrier, first_alone, leave, progress, ranks, the_device
-from features import load_captioner
-from report import results
-from sets.folders import shards_of
+from core.artifacts import artifact, artifact_path, digest, file_stamp, load, stamps
+from core.config import make_parser, parse
+from core.distributed import agree, barrier, get_device, leave, progress_bar, rank_and_world
+from core.results import record
+from core.utils import fail, warn
+from data import Location
+from features import cached_features, features_key, load_captioner, load_clip, zero_shot_head
+from sets.load import load_run, load_unseen, pool_shards
 from sets.webdataset import read_shard
 
 # -------------------------------------------------------------------------------------------------
-# TCAG: a caption for each image
+# TCAG: a caption of each image
 
 
 @torch.no_grad()
 def caption_images(model, processor, images, prompt="", beams=5, max_tokens=30):
-    """What the model says of each PIL image, without the prompt: B strings, "" where nothing.
+    """Return the model's caption of each PIL image, without the prompt: B strings.
 
-    CHOICE: one caption by beam search, no hint of the class; alternative: several, sampled.
+    CHOICE: one caption by beam search, without a hint of the class; alternative: several, sampled.
     """
     text = prompt
-    if getattr(processor, "chat_template", None):  # LLaVA's kind wants its own words around both
+    if getattr(processor, "chat_template", None):  # models such as LLaVA wrap image and text
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
     batch = {"images": images, "text": [text] * len(images)}
     inputs = processor(**batch, padding=True, return_tensors="pt").to(model.device, model.dtype)
     out = model.generate(**inputs, num_beams=beams, max_new_tokens=max_tokens, do_sample=False)
-    asked = inputs["input_ids"]                                                     # (B, L)
-    if out.shape[1] >= asked.shape[1] and torch.equal(out[:, :asked.shape[1]], asked):
-        out = out[:, asked.shape[1]:]  # a decoder-only language model (OPT) returns the prompt, too
+    prompt_ids = inputs["input_ids"]                                                # (B, L)
+    length = prompt_ids.shape[1]
+    if out.shape[1] >= length and torch.equal(out[:, :length], prompt_ids):
+        out = out[:, length:]  # a decoder-only language model (OPT) returns the prompt, too
     captions = processor.batch_decode(out, skip_special_tokens=True)
     return [caption.strip().removeprefix(prompt).strip() for caption in captions]
 
 
-def repeats_itself(caption):
-    """Whether words come three times in a row, "a cat a cat a cat": how beam search fails."""
-    return re.search(r"\b(\w[\w ]*?)\b(?:,? \1\b){2}", caption) is not None
-
-
-def caption(config, dataset):
-    """Caption the source's images that lack one: as they are now, by the --captioner named."""
-    if not any(method.needs_captions for method in config.methods.values()):
-        return
-    path = Path(config.captions or dataset.captions or dataset.folder / "captions.jsonl")
-    utils.lock(lock := path.with_name(f".{path.name}.lock"), f".{path.name}.*.part")
-    name = config.captioner or dataset.meta.captioner or "Salesforce/blip2-opt-2.7b"
-    by = f"{name}, prompt {config.prompt!r}, beam {config.beams}, {config.max_tokens} tokens"
-    items, (rank, world) = dataset.trainable(config.source), ranks()
-
-    def stays(location, row):  # people's captions, which have neither "by" nor "bytes", always do
-        its_own = row.get("bytes") in (None, os.path.getsize(location.file))  # of today's image
-        return row["caption"] and its_own and (not config.captioner or row.get("by", by) == by)
-
-    empty, there = {"caption": ""}, data.read_rows(path)[0]
-    todo = [(x, y) for x, y in items[rank::world] if not stays(x, there.get(x.path, empty))]
-    if todo:
-        say, first = utils.warn if config.captions else print, todo[0][0].path
-        say(f"{path}: {len(todo)} of {len(items)} captions missing ({first} …), asking {name}")
-        part = path.with_name(f".{path.name}.part{time.time_ns()}-{rank}")
-        write_captions(config, todo, data.class_texts(dataset, config.source), name, by, part)
-    barrier()
-    if rank > 0:
-        return
-    merged, parts = data.read_rows(path)
-    if parts:
-        data.write_rows(path, [merged[image] for image in sorted(merged)])
-    for part in parts:
-        part.unlink()
-    utils.unlock(lock)  # for runs on other domains, of other methods
-    rows = [merged[location.path] for location, _ in items]
-    print(
-        f"{path}: {len(rows)} captions, {len({row['caption'] for row in rows})} different, "
-        f"{sum('by' not in row for row in rows)} not by a captioner; the class prompt instead of "
-        f"{sum('instead of' in row for row in rows)} that were empty or repeated themselves"
+def captioner_of(settings):
+    """Return a text that identifies the captioner and its decoding, as stored in captions.jsonl."""
+    return (
+        f"{settings.captioner}, prompt {settings.prompt!r}, beam {settings.beams}, "
+        f"{settings.max_tokens} tokens"
     )
-    default, decoding = flags("").get_default, ("prompt", "beams", "max_tokens")
-    others = sum(row.get("by") != by for row in rows)
-    if others and any(getattr(config, flag) != default(flag) for flag in decoding):
-        utils.warn(f"{others} captions were there already, not by --prompt, --beams, --max-tokens")
 
 
-def write_captions(config, items, class_prompts, name, by, part):
-    """Caption `items` with the captioner `name`, a line each in the file `part`."""
-    write_atomically(part, Path.touch)  # fails in one line where nothing can be written
-    model, processor = load_captioner(name, the_device())
-    decoding = config.prompt, config.beams, config.max_tokens
-    with utils.writing(part), part.open("a", buffering=1) as file:  # line by line
-        batches = in_order(len(items), config.caption_batch)
-        for indices in progress(batches, desc="captions"):
-            batch, images = [items[i] for i in indices], []
-            for location, _ in batch:
-                try:
-                    images.append(location.open())
-                except data.UNREADABLE:
-                    fail(f"{location}: not a readable image. Replace or remove it.")
-            texts = caption_images(model, processor, images, *decoding)
-            for (location, label), text in zip(batch, texts):
-                row = {"path": location.path, "caption": text, "by": by}
-                row["bytes"] = os.path.getsize(location.file)
-                if not text or repeats_itself(text):
-                    # CHOICE: the class prompt in place of a caption that says nothing;
-                    # alternative: leave the image out
-                    row |= {"caption": class_prompts[label], "instead of": text}
-                file.write(json.dumps(row) + "\n")
+def caption_source(settings, dataset):
+    """Caption the source's images that have no valid caption. People's captions always stay.
+
+    Lines are appended to captions.jsonl as they are made, so a killed run loses one batch. Under
+    torchrun each rank captions its share.
+    """
+    path, items = dataset.captions, dataset.trainable(settings.source)
+    rows, by = data.read_captions(path) if path.exists() else {}, captioner_of(settings)
+
+    def valid(location):
+        row = rows.get(data.image_key(location.path))
+        by_another = settings.replace_captions and row and row.get("by", by) != by
+        return row is not None and data.valid_caption(row, location) and not by_another
+
+    missing = agree([i for i, (location, _) in enumerate(items) if not valid(location)])
+    if not missing:
+        return
+    rank, world = rank_and_world()
+    if rank == 0:
+        name = settings.captioner
+        print(f"{path}: {len(missing)} of {len(items)} captions are missing; {name} writes them")
+    write_captions(settings, [items[i][0] for i in missing[rank::world]], path, by)
+    barrier()
+
+
+def end_last_line(path):
+    """Let a captions file end with a whole line. If a killed run left half a row, remove it; add a
+    missing line end to a whole row.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    last = content.split(b"\n")[-1]
+    if not last.strip():
+        return
+    try:
+        json.loads(last)
+    except ValueError:
+        if path.stat().st_size == len(content):  # otherwise another run is writing it now
+            os.truncate(path, len(content) - len(last))
+    else:
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
+def write_captions(settings, locations, path, by):
+    """Append a line {"path", "caption", "by", "size", "time"} to `path` for each image."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if rank_and_world()[0] == 0:
+            end_last_line(path)
+        barrier()  # no rank appends before
+        if not locations:
+            return
+        with open(path, "ab", buffering=0) as file:  # unbuffered: a batch of lines in one write
+            model, processor = load_captioner(settings.captioner, get_device())
+            batches = in_order(len(locations), settings.caption_batch)
+            for indices in progress_bar(batches, desc="captions"):
+                batch = [locations[i] for i in indices]
+                images = [open_image(location) for location in batch]
+                decoding = settings.prompt, settings.beams, settings.max_tokens
+                captions = caption_images(model, processor, images, *decoding)
+                lines = [
+                    caption_line(location, caption, by)
+                    for location, caption in zip(batch, captions)
+                ]
+                content = "".join(lines).encode()
+                n = file.write(content)
+                if n < len(content):  # the disk is full, and a second write raises the reason
+                    file.write(content[n:])
+    except OSError as error:
+        fail(f"{path}: could not be written ({error.strerror}). Make room, or pass --captions.")
+
+
+def open_image(location):
+    try:
+        return location.open()
+    except data.UnreadableImage as error:
+        fail(f"{location}: not a readable image ({error}). Replace or remove it.")
+
+
+def caption_line(location, caption, by):
+    size, time = file_stamp(location.file)
+    row = {"path": location.path, "caption": caption, "by": by, "size": size, "time": time}
+    return json.dumps(row) + "\n"
+
+
+def caption_summary(settings, dataset):
+    """Return a line about the source's captions, and warn about flags that changed nothing."""
+    rows, items = data.read_captions(dataset.captions), dataset.trainable(settings.source)
+    texts, by = data.captions(dataset, items), captioner_of(settings)
+    used = [rows[data.image_key(location.path)] for location, _ in items]
+    by_another = sum(row.get("by") != by for row in used)
+    parser = make_parser()
+    flags = ("prompt", "beams", "max_tokens")
+    if by_another and any(getattr(settings, f) != parser.get_default(f) for f in flags):
+        warn(f"{by_another} captions existed before, not by --prompt, --beams, --max-tokens")
+    replaced = sum(text != row["caption"] for text, row in zip(texts, used))
+    return (
+        f"{dataset.captions}: {len(texts)} captions, {len(set(texts))} different, "
+        f"{sum('by' not in row for row in used)} not by a captioner; the class prompt replaces "
+        f"{replaced} that are empty or repeat themselves"
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -133,166 +170,221 @@ def write_captions(config, items, class_prompts, name, by, part):
 
 
 def shard_stamps(shards):
-    """What changes when one of the pool's files does."""
-    return features.stamps([(data.Location("", str(shard)), 0) for shard in shards])
+    """Return what changes when a shard of the pool does; its folder is not part of it."""
+    return [(shard.name, *file_stamp(shard)) for shard in shards]
 
 
 @torch.no_grad()
-def embed(clip, shard, folder):
-    """A shard's features, cached in `folder`: {"z": (n, d), "rows": of read_shard, "damaged"}."""
-    cache = folder / f"pool-{shard.stem}-{short_hash(clip.fingerprint, shard_stamps([shard]))}.pt"
+def embed_shard(clip, shard, folder):
+    """Return a shard's features {"z": (n, d), "rows": positions in read_shard, "damaged": names}.
+
+    They are stored in `folder`, in half precision.
+    """
 
     def encode():
         pairs, damaged = read_shard(shard)
-        items, unreadable, z, rows = [(pair[1], row) for row, pair in enumerate(pairs)], [], [], []
-        load = items, clip.preprocess, in_order(len(items), 256), clip.device, unreadable
-        for images, labels in image_batches(*load):
+        items = [(location, row) for row, (_, location, _, _) in enumerate(pairs)]
+        unreadable, z, rows = {}, [], []
+        order = in_order(len(items), 256)
+        for images, labels in image_batches(items, clip.preprocess, order, clip.device, unreadable):
             z.append(clip.encode_image(images).half().cpu())
             rows += labels.tolist()
-        damaged += [f"{shard.name}: {pairs[row][0]} (not a readable image)" for row in unreadable]
-        z = torch.cat(z) if z else torch.empty(0, 0)
-        return {"z": z, "rows": rows, "damaged": damaged}
+        damaged += [f"{shard.name}: {pairs[row][0]} ({why})" for row, why in unreadable.items()]
+        return {"z": torch.cat(z) if z else torch.empty(0, 0), "rows": rows, "damaged": damaged}
 
-    part = utils.cached(cache, encode)
-    return {**part, "z": F.normalize(part["z"].float(), dim=-1)}  # fp16 has rounded the lengths
+    inputs = (*features_key(clip, []), shard_stamps([shard]))
+    content = artifact(artifact_path(folder, f"pool-{shard.stem}", inputs), encode)
+    return {**content, "z": F.normalize(content["z"].float(), dim=-1)}  # half precision rounded
 
 
 def search(queries, parts, k):
-    """Scores and ids, both (Q, k), of the k rows of the pool nearest to each query, exactly.
+    """Return scores and ids, both (Q, k), of the k rows of the pool nearest to each query, exactly.
 
-    queries: (Q, d), unit norm. parts: (n, d), likewise, one after another, so that a pool larger
-    than memory can be searched; ids count through all of them. k is cut to the pool's size.
+    queries: (Q, d), unit norm. parts: tensors (n, d), unit norm, so that a pool larger than memory
+    can be searched; ids count through all parts. k is at most the pool's size.
     """
     import faiss
 
-    def found():
-        yield torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long), 0
+    def nearest_of_parts():
         for z in (z for part in parts for z in part.split(50_000) if len(z)):
-            nearest = queries.numpy(), z.numpy(), min(k, len(z)), faiss.METRIC_INNER_PRODUCT
-            yield *map(torch.from_numpy, faiss.knn(*nearest)), len(z)
+            scores, ids = faiss.knn(
+                queries.numpy(), z.numpy(), min(k, len(z)), faiss.METRIC_INNER_PRODUCT
+            )
+            yield torch.from_numpy(scores), torch.from_numpy(ids), len(z)
 
-    return merge(found(), k)
+    return merge(nearest_of_parts(), len(queries), k)
 
 
-def merge(found, k):
-    """Of the k nearest in each part of a pool, the k nearest in the whole: scores and ids.
+def merge(parts, n_queries, k):
+    """Return scores and ids, both (Q, k), of the k nearest in the pool, from those of its parts.
 
-    found: iterator of scores and ids, both (Q, k or less), in one part, and the part's length.
+    parts: iterator of (scores (Q, ≤ k), ids (Q, ≤ k) within the part, length of the part).
     """
-    scores, ids, start = next(found)
-    for some, rows, n in found:
-        scores, order = torch.cat([scores, some], 1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([ids, rows + start], 1).gather(1, order)
-        scores, ids, start = scores[:, :k], ids[:, :k], start + n
+    scores, ids = torch.empty(n_queries, 0), torch.empty(n_queries, 0, dtype=torch.long)
+    start = 0
+    for part_scores, part_ids, length in parts:
+        candidates = torch.cat([scores, part_scores], 1)
+        scores, order = candidates.sort(dim=1, descending=True, stable=True)
+        ids = torch.cat([ids, part_ids + start], 1).gather(1, order)
+        scores, ids, start = scores[:, :k], ids[:, :k], start + length
     return scores, ids
 
 
-def search_shard(clip, shard, folder, queries, k, hashed):
-    """`search` in one shard, cached in `folder`, and the shard's length: a part for `merge`.
-    hashed: short_hash(queries), which takes a while of many.
+def search_shard(clip, shard, folder, queries, k):
+    """Return (scores, ids, length) of `search` in one shard, a part of `merge`; it is stored in
+    `folder`.
     """
 
     def find():
-        z = embed(clip, shard, folder)["z"]
+        z = embed_shard(clip, shard, folder)["z"]
         scores, ids = search(queries, [z], k)
         return scores, ids.int(), len(z)
 
-    key = short_hash(clip.fingerprint, shard_stamps([shard]), hashed, k)
-    return utils.cached(folder / f"found-{shard.stem}-{key}.pt", find)
+    inputs = (*features_key(clip, []), shard_stamps([shard]), digest(queries), k)
+    return artifact(artifact_path(folder, f"nearest-{shard.stem}", inputs), find)
 
 
-def queries_of(config, dataset, clip):
-    """What pairs are retrieved for: Q names of images or classes, and their features (Q, d)."""
-    # CHOICE: image→image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the
-    # class prompts; a larger --k
-    if config.query == "text":
-        prompts = data.prompt_templates(dataset, config.source)
-        return dataset.classes, features.zero_shot_head(clip, *prompts)
-    items = dataset.trainable(config.source)
-    queries = features.cached_features(clip, dataset, config.source, config.run)(items)
-    return [location.path for location, _ in items], queries
+def query_names(settings, dataset):
+    """Return what pairs are retrieved for: paths of the source's images, or class folders."""
+    if settings.query == "text":
+        return dataset.classes
+    return [location.path for location, _ in dataset.trainable(settings.source)]
 
 
-def retrieve(config, dataset):
-    """Embed the pool, search it, and write the pairs nearest to the source's images or classes."""
-    if not any(method.retrieved for method in config.methods.values()):
-        return
-    shards, (rank, world) = shards_of(config, dataset.meta), ranks()
-    clip, cache = features.load_clip(config), config.run.parent / ".features"
-    names, queries = first_alone(lambda: queries_of(config, dataset, clip))
-    hashed = short_hash(queries)
-    for shard in progress(shards[rank::world], desc="searching the pool"):
-        search_shard(clip, shard, cache, queries, config.k, hashed)
-    barrier()
-    if rank > 0:
-        return
-    sets = [tested for tested in (dataset, data.load_unseen(dataset)) if tested]
-    bench = [
-        features.cached_features(clip, tested, domain, config.run)(items)
-        for tested in sets for domain, items in tested.images.items()
-    ]
-    made_with = {flag: getattr(config, flag) for flag in ("k", "same", "query", "model", "pool")}
-    inputs = clip.fingerprint, shard_stamps(shards), names, made_with
-    config_hash, path = short_hash(inputs, [queries, *bench]), config.run / "retrieved.jsonl"
-    if path.exists() and config_hash in path.open(errors="replace").readline():
-        return print(f"{path} is there already")
-    parts = (search_shard(clip, shard, cache, queries, config.k, hashed) for shard in shards)
-    scores, ids = merge(parts, config.k)
-    found = {}  # id in the pool: {query: score}
-    for name, some_scores, some_ids in zip(names, scores.tolist(), ids.tolist()):
-        for score, i in zip(some_scores, some_ids):
-            found.setdefault(i, {})[name] = round(score, 4)
-    embedded = ((shard, embed(clip, shard, cache)) for shard in shards)
-    pairs, counts = choose(found, embedded, bench, config.same)
-    said = ", ".join(f"{n} {name}" for name, n in counts.items())
-    if not pairs:
-        fail(f"the pool gives no pair to train on ({said}). Name another --pool, or a larger --k.")
-    row = dict(method="retrieved", domain=config.source, split="train", n=counts["available"])
-    results.append(config, [{**row, "measure": name, "value": n} for name, n in counts.items()])
-    data.write_rows(path, [{"config_hash": config_hash, "made_with": made_with, **counts}, *pairs])
-    print(f"{path}: {said} ({len(names)} queries by {config.query}, k = {config.k})")
+def query_features(settings, dataset, clip):
+    """Return the features (Q, d) of the queries.
 
-
-def choose(found, parts, bench, same):
-    """The pairs `found`, {id in the pool: {query: score}}, less benchmark images and duplicates, as
-    lines of retrieved.jsonl; and counts. bench: [(n, d)], features of what is tested on.
+    CHOICE: image to image by the same frozen CLIP, exact, k = 1; alternative: --query text, by the
+    class prompts; a larger --k.
     """
-    chosen, counts = {}, Counter(available=0, damaged=0, retrieved=0)  # chosen: {hash: line}
-    for shard, part in parts:
-        ids = range(counts["available"], counts["available"] + len(part["rows"]))
-        hits = [(row, found[i]) for row, i in enumerate(ids) if i in found]
-        nearest = search(part["z"][[row for row, _ in hits]], bench, 1)[0] if hits else ()
-        pairs = read_shard(shard)[0] if hits else ()
-        for (row, queries), cosine in zip(hits, nearest):
-            _, location, text, extra = pairs[part["rows"][row]]
+    if settings.query == "text":
+        return zero_shot_head(clip, *data.prompt_templates(dataset, settings.source))
+    items = dataset.trainable(settings.source)
+    return cached_features(clip, dataset, settings.source, items, settings.cache)
+
+
+def retrieve_pairs(settings, dataset, clip):
+    """Return {"pairs": [{"shard", "offset", "size", "text", "queries": {name: score}}], "counts"}.
+
+    Every image of the source is a query; a seed trains on the pairs of its own training images. The
+    outcome is stored in the run folder. Under torchrun each rank searches its share of the shards.
+    """
+    shards = pool_shards(settings, dataset.meta)
+    test_sets = [tested for tested in (dataset, load_unseen(dataset)) if tested]
+    classnames, templates = data.prompt_templates(dataset, settings.source)
+    inputs = (
+        clip.key, stamps(dataset.trainable(settings.source)), shard_stamps(shards),
+        settings.query, settings.k, settings.same,
+        [template(name) for template in templates for name in classnames],
+        [stamps(items) for tested in test_sets for items in tested.images.values()],
+    )
+    path = artifact_path(settings.run / "pairs", "retrieved", inputs, ".json")
+    if not agree(path.exists()):
+        queries = query_features(settings, dataset, clip)
+        rank, world = rank_and_world()
+        for shard in progress_bar(shards[rank::world], desc="searching the pool"):
+            search_shard(clip, shard, settings.cache, queries, settings.k)
+        barrier()
+        bench = [
+            cached_features(clip, tested, domain, items, settings.cache)
+            for tested in test_sets for domain, items in tested.images.items()
+        ]
+        if rank == 0:
+            artifact(path, lambda: choose_pairs(settings, dataset, clip, shards, queries, bench))
+        barrier()
+    return load(path)
+
+
+def choose_pairs(settings, dataset, clip, shards, queries, bench):
+    """Return the content of `retrieve_pairs` from the shards' nearest pairs."""
+    parts = (search_shard(clip, shard, settings.cache, queries, settings.k) for shard in shards)
+    scores, ids = merge(parts, len(queries), settings.k)
+    queries_of = {}  # {id in the pool: {query: score}}
+    names = query_names(settings, dataset)
+    for name, query_scores, query_ids in zip(names, scores.tolist(), ids.tolist()):
+        for score, i in zip(query_scores, query_ids):
+            queries_of.setdefault(i, {})[name] = round(score, 4)
+    embedded = ((shard, embed_shard(clip, shard, settings.cache)) for shard in shards)
+    pairs, counts = deduplicate(queries_of, embedded, bench, settings.same)
+    if not pairs:
+        summary = ", ".join(f"{n} {name}" for name, n in counts.items())
+        fail(f"the pool has no pair to train on ({summary}). Pass another --pool, or a larger --k.")
+    return {"pairs": pairs, "counts": counts}
+
+
+def deduplicate(queries_of, embedded, bench, same):
+    """Return the retrieved pairs without test images and duplicates, and counts.
+
+    queries_of: {id in the pool: {query: score}}. embedded: (shard, its features) in the pool's
+    order. bench: tensors (n, d) of all test images.
+    CHOICE: a pair counts as a test image at a cosine of 0.99 with one, and is dropped without
+    replacement; alternative: --same; hashes of pixels, which a new JPEG escapes.
+    """
+    pairs, counts = {}, Counter(available=0, damaged=0, retrieved=0)  # pairs: {hash of image: pair}
+    for shard, part in embedded:
+        start = counts["available"]
+        rows = [row for row in range(len(part["rows"])) if start + row in queries_of]
+        nearest = search(part["z"][rows], bench, 1)[0] if rows else ()
+        members = read_shard(shard)[0] if rows else ()
+        for row, cosine in zip(rows, nearest):
+            _, location, text, _ = members[part["rows"][row]]
+            queries = queries_of[start + row]
             content = hashlib.sha256(location.read()).hexdigest()
-            # CHOICE: a pair is a benchmark image at a cosine of 0.99 with one, and dropped without
-            # replacement; alternative: --same; hashes of pixels, which a new JPEG escapes
             if cosine >= same:
-                counts["also a benchmark image"] += 1
-            elif content in chosen:
+                counts["also a test image"] += 1
+            elif content in pairs:
                 counts["found twice"] += 1
-                chosen[content]["queries"] |= queries
+                pairs[content]["queries"] |= queries
             else:
-                place = {"path": location.file, "offset": location.offset, "size": location.size}
-                place["sha256"] = content
-                chosen[content] = {**place, "text": text, "queries": queries, "json": extra}
-        counts.update(available=len(ids), damaged=len(part["damaged"]))
+                pairs[content] = {
+                    "shard": shard.name, "offset": location.offset, "size": location.size,
+                    "text": text, "queries": dict(queries),
+                }
+        counts.update(available=len(part["rows"]), damaged=len(part["damaged"]))
         for name in part["damaged"]:
-            utils.warn(f"damaged: {name}")
-    counts["retrieved"] = len(chosen)
-    return [*chosen.values()], counts
+            warn(f"damaged: {name}")
+    counts["retrieved"] = len(pairs)
+    return [*pairs.values()], dict(counts)
 
 
-def main(*argv):
-    """Run a stage, main("caption", *flags), or the one that the command line names."""
-    stages = {"caption": caption, "retrieve": retrieve}
-    stage, *argv = argv or sys.argv[1:] or [None]
-    if stage not in stages:
-        fail("say what to do: python anchors.py caption|retrieve DATASET [SOURCE] [flags]")
-    if stage == "retrieve":  # ARF alone takes pairs: for its methods unless others are named
-        argv = ["--paper", "arf", *argv]
-    stages[stage](*parse(__doc__, argv))
+def pair_location(settings, dataset, pair):
+    """Return the Location of a retrieved pair's image in the pool."""
+    folder = pool_shards(settings, dataset.meta)[0].parent
+    return Location(str(folder), pair["shard"], pair["offset"], pair["size"])
+
+
+def pairs_of(settings, dataset, clip, items):
+    """Return [(Location, text)] of the pairs retrieved for these training items, or for a class."""
+    queries = {location.path for location, _ in items} | {*dataset.classes}
+    pairs = retrieve_pairs(settings, dataset, clip)["pairs"]
+    own = [pair for pair in pairs if queries & pair["queries"].keys()]
+    if not own:
+        fail("no retrieved pair belongs to these training images. Pass a larger --k.")
+    folder = str(pool_shards(settings, dataset.meta)[0].parent)
+    return [
+        (Location(folder, pair["shard"], pair["offset"], pair["size"]), pair["text"])
+        for pair in own
+    ]
+
+
+def pair_records(settings, dataset, clip):
+    """Return a record of how many pairs were available, damaged, dropped and retrieved."""
+    counts = retrieve_pairs(settings, dataset, clip)["counts"]
+    return [record(settings, "pairs", "retrieved", 0, counts, counts["available"])]
+
+
+def main():
+    """Run one stage: anchors.py caption|retrieve DATASET [SOURCE] [flags]."""
+    stage, *argv = sys.argv[1:] or [""]
+    if stage not in ("caption", "retrieve"):
+        fail("name a stage: python anchors.py caption|retrieve DATASET [SOURCE] [flags]")
+    settings, dataset = load_run(parse(__doc__, argv))
+    if stage == "caption":
+        caption_source(settings, dataset)
+        print(caption_summary(settings, dataset))
+    else:
+        counts = retrieve_pairs(settings, dataset, load_clip(settings))["counts"]
+        print("pairs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
     leave()
 
 

@@ -1,36 +1,70 @@
-"""Data sets: image folders {domain}/{class}/*, their splits, words and captions.
+"""Data sets of images: where an image is, splits, class prompts and captions.
 
-    python data.py pacs        # fetches what the Hugging Face hub has of a data set, or makes it
-
-A data set is described by sets/NAME.json, or by a dataset.json in its folder: see Meta, DATA.md.
+`sets.load.load_dataset` reads a data set from disk. It is described by sets/NAME.json, or by a
+dataset.json in its folder: see Meta and docs/DATA.md.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import re
+import unicodedata
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from utils import fail, undamaged, warn, write_atomically
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from methods import TRAINED
+from core.artifacts import file_stamp
+from core.methods import TRAINED
+from core.utils import fail, one_line
 
-# CHOICE: DomainBed's 80/20, the 80 cut into training and validation; alternative: PACS's own 90/10.
+# CHOICE: DomainBed's 80/20, the 80 divided into training and validation; alternative: PACS's own
+# 90/10.
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # by Location.open
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAX_ASPECT = 1000  # resizing a longer strip to CLIP's height would take gigabytes
+
+
+# -------------------------------------------------------------------------------------------------
+# Images
+
+
+class UnreadableImage(Exception):
+    """Raised by Location.open. str(error) is the reason: "image file is truncated"."""
+
+
+def is_hidden(name):
+    """Return whether a file or folder is a program's and no data: ".ipynb_checkpoints", "._1.jpg".
+    """
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
+def is_image(name):
+    """Return whether a file is an image by its name."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
+
+
+def image_key(path):
+    """Return the last three parts of an image's path, "photo/dog/1.jpg", in Unicode's NFC form.
+
+    Captions files and official lists name images by paths that are absolute, start with "./" or a
+    folder, have Windows's separators or decomposed letters: all of them have the same key.
+    """
+    path = unicodedata.normalize("NFC", path).replace("\\", "/")
+    return "/".join([part for part in path.split("/") if part not in ("", ".")][-3:])
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Location:
-    """Where an image lies: a file, or a member of a tar archive."""
+    """Where an image is stored: in a file, or in a member of a tar archive."""
 
     folder: str      # of the data set, or of the pool
-    path: str        # of the file or the tar, relative to it: "photo/dog/1.jpg"
+    path: str        # of the file or the tar, relative to the folder: "photo/dog/1.jpg"
     offset: int = 0  # of a member, in bytes
-    size: int = -1   # of a member; -1: it is a file of its own
+    size: int = -1   # of a member, in bytes; -1: the image is a file
     border: int = 0  # pixels that are cut off at each side
 
     @property
@@ -38,246 +72,314 @@ class Location:
         return os.path.join(self.folder, self.path)
 
     def read(self):
-        """The image as it is encoded, in bytes."""
+        """Return the encoded image as bytes; raise OSError."""
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
     def open(self):
-        """RGB image; raises one of UNREADABLE."""
-        with Image.open(io.BytesIO(self.read())) as image:
-            if image.mode.startswith("I"):  # 16 bits, of which convert would make white
-                image = image.convert("I").point(lambda value: value / 257).convert("L")
-            image = image.convert("RGB")
+        """Return the RGB image; raise UnreadableImage, whatever the decoder raises.
+
+        CHOICE: EXIF's orientation is applied, and transparent parts are white, as viewers show
+        them; alternative: open_clip's loaders, which ignore both: photographs may lie on their
+        side, and what is stored under transparent parts appears.
+        """
+        try:
+            with Image.open(io.BytesIO(self.read())) as image:
+                return self.to_rgb(image)
+        except UnidentifiedImageError:
+            reason = "of no known format"
+        except Exception as error:  # decoders raise many types, among them MemoryError
+            reason = getattr(error, "strerror", None) or one_line(error)
+        raise UnreadableImage(reason)
+
+    def to_rgb(self, image):
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF data; the pixels are decoded already
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        image = image.convert("RGB")
         return ImageOps.crop(image, self.border) if self.border else image
 
     def __str__(self):
         return self.file if self.size < 0 else f"{self.file}, byte {self.offset}"
 
 
+# -------------------------------------------------------------------------------------------------
+# Data sets
+
+
 @dataclass(frozen=True)
 class Meta:
-    """What a description says of a data set; ValueError where it cannot be so.
+    """The description of a data set. Raises ValueError, naming the key, if it is not valid.
 
-    CHOICE: the phrases of all sets but PACS, by which mappers go, and which domain is the first,
-    the source unless one is named; alternative: a dataset.json.
+    CHOICE: the phrases of all sets but PACS, which direct the mappers, and which domain is the
+    first, the default source; alternative: a dataset.json.
     """
 
     phrases: dict = field(default_factory=dict)  # {domain folder: "a photo"}, what its images are
     fractions: dict = field(default_factory=FRACTIONS.copy)  # how the source domain is split
     same_stem_same_thing: bool = False  # files of one name show one thing, in any domain
+    classnames: dict = field(default_factory=dict)  # {class folder: "dog"} if it is no English
     templates: dict = field(default_factory=dict)  # {source: ["a photo of a {}."]}, class prompts
-    model: str | None = None      # the CLIP to use, as --model names it
-    captioner: str | None = None  # likewise
-    pool: str | None = None       # folder beside the set's, of image-text pairs to retrieve from
-    k: int = 1                    # how many of them for each query
-    unseen: str | None = None     # data set beside this, of other classes in the same domains
-    schedules: dict = field(default_factory=dict)  # {"full": {"lr": 3e-4}}, unlike config.SCHEDULES
+    model: str | None = None      # the default of --model
+    captioner: str | None = None  # the default of --captioner
+    pool: str | None = None       # folder of image-text pairs to retrieve from, beside the set's
+    k: int = 1                    # number of pairs to retrieve for each query
+    unseen: str | None = None     # data set of other classes in the same domains, beside this one
+    schedules: dict = field(default_factory=dict)  # {"full": {"lr": 3e-4}}, overrides of SCHEDULES
     counts: dict = field(default_factory=dict)     # {domain: published number of images}
     official_split: bool = False  # {domain}_test.txt lists the test part of a domain
-    by_hand: str = ""             # how to come by the set
-    hub: dict = field(default_factory=dict)  # its repository, columns of domain and class there
+    by_hand: str = ""             # how a user gets the set, if no program can
+    hub: dict = field(default_factory=dict)  # its repository, and the columns of domain and class
     made_by: str | None = None       # the command that makes it, to which --data is added
-    pool_made_by: str | None = None  # likewise its pool
-    shifted: dict = field(default_factory=dict)    # ImageNet's other domains, and sets of other
-    zero_shot: dict = field(default_factory=dict)  # classes: see sets/webdataset.py
+    pool_made_by: str | None = None  # the command that makes its pool
+    shifted: dict = field(default_factory=dict)    # ImageNet's other domains, and
+    zero_shot: dict = field(default_factory=dict)  # sets of other classes: see sets/webdataset.py
 
     def __post_init__(self):
+        def require(condition, message):
+            if not condition:
+                raise ValueError(message)
+
+        def is_text(value):
+            return isinstance(value, str) and value.strip() != ""
+
         for f in fields(self):
-            if not isinstance(value := getattr(self, f.name), f.type):
-                raise ValueError(f"{f.name} cannot be {value!r}")
-        phrases, shares = self.phrases.values(), self.fractions.values()
-        if len(phrases) < 2 or not all(isinstance(text, str) and text.strip() for text in phrases):
-            raise ValueError("it needs phrases of two domains or more")
-        whole = self.fractions.keys() == FRACTIONS.keys() and abs(sum(shares) - 1) < 1e-6
-        if not whole or min(shares) < 0:
-            raise ValueError("its fractions are not of train, val and test, or do not make 1")
-        texts = [text for texts in self.templates.values() for text in texts]
-        if not all(re.findall("[{}]+", text) == ["{}"] for text in texts):
-            raise ValueError("its templates are not lists of texts with one {} in each")
-        if self.k < 1 or not self.schedules.keys() <= TRAINED.keys():
-            raise ValueError(f"its k is below 1, or its schedules not of {', '.join(TRAINED)}")
+            value = getattr(self, f.name)
+            require(isinstance(value, f.type), f"{f.name} cannot be {value!r}")
+        phrases = self.phrases.values()
+        require(
+            len(phrases) >= 2 and all(is_text(text) and not {*"{}"} & {*text} for text in phrases),
+            'phrases of two domains or more have to be texts such as "a photo"',
+        )
+        fractions = self.fractions.values()
+        require(
+            self.fractions.keys() == FRACTIONS.keys()
+            and all(isinstance(value, (int, float)) and value >= 0 for value in fractions)
+            and abs(sum(fractions) - 1) < 1e-6,
+            "fractions of train, val and test have to be numbers from 0 up that sum to 1",
+        )
+        require(all(map(is_text, self.classnames.values())), "classnames have to be texts")
+        lists = self.templates.values()
+        require(
+            all(isinstance(texts, list) and all(map(is_text, texts)) for texts in lists)
+            and all(re.findall("[{}]+", text) == ["{}"] for texts in lists for text in texts),
+            "templates have to be lists of texts, each with one {}",
+        )
+        require(self.k >= 1, "k is below 1")
+        names = ", ".join(TRAINED)
+        require(self.schedules.keys() <= TRAINED.keys(), f"schedules are of {names}")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set on this disk. Its items are (Location, class index)."""
+    """A data set on this disk. Its items are pairs (Location, class index)."""
 
     name: str
     folder: Path
     meta: Meta = field(repr=False)
     classes: list                     # folder names, sorted
-    classnames: list                  # what they are called in English, in the same order
-    images: dict = field(repr=False)  # {domain: items}, class by class, sorted
-    captions: Path | None = None
+    classnames: list                  # their English names, in the same order
+    images: dict = field(repr=False)  # {domain: items}, class by class, sorted by file name
+    captions: Path | None = None      # captions.jsonl, which may not exist yet
     official: dict = field(default_factory=dict, repr=False)  # {domain: paths of its test part}
     heads: dict = field(default_factory=dict, repr=False)  # {domain: own (classnames, templates)}
     absent: dict = field(default_factory=dict)  # {domain that is not on this disk: how to get it}
-    shots: int | None = None          # at most so many training images of a class; None: all
+    shots: int | None = None          # limit on the training images of a class; None: all
 
     def styles(self, source):
-        """The domains called otherwise than `source`: where mappers can go, without any image."""
+        """Return the domains whose phrase differs from the source's: the targets of mappers."""
         phrases = self.meta.phrases
         return [domain for domain, phrase in phrases.items() if phrase != phrases[source]]
 
     def trainable(self, domain):
-        """All items of `domain` but those of an official test part."""
-        test = self.official.get(domain, ())
-        return [(at, y) for at, y in self.images[domain] if at.path not in test]
+        """Return the items of `domain` that are not in its official test part."""
+        test_paths = self.official.get(domain, ())
+        return [(at, y) for at, y in self.images[domain] if at.path not in test_paths]
 
     def split(self, source, domain, part, seed):
-        """Items of one part ("train", "val", "test") of `domain` when `source` is finetuned on.
+        """Return the items of `domain` in one part ("train", "val", "test"), given the source.
 
-        The source is split class by class, by a hash of (data set, seed, file name), the same with
-        fewer `shots`; of a target there is only "test": all of it. An official test part is tested,
-        and the rest split. Where files of one name show one thing, what is trained or validated on
-        in the source is in no target's test part either.
+        Of a target there is only a "test" part, the whole domain. An official test part is the
+        "test" part of its domain. If files of one name show one thing, no target's test part has a
+        thing that the source trains or validates on.
         """
-        same_stem, official = self.meta.same_stem_same_thing, self.official.get(domain)
         if domain != source and part != "test":
             return []
-        if official is not None and part == "test":
-            return [(at, y) for at, y in self.images[domain] if at.path in official]
-        if domain != source and not same_stem:
+        if part == "test" and domain in self.official:
+            return [(at, y) for at, y in self.images[domain] if at.path in self.official[domain]]
+        if domain != source and not self.meta.same_stem_same_thing:
             return self.images[domain]
-
-        def thing(at):
-            return os.path.splitext(os.path.basename(at.path))[0] if same_stem else at.path
-
-        def rank(name):
-            return hashlib.sha256(f"{self.name} {seed} {name}".encode()).hexdigest()
-
-        share, listed = self.meta.fractions, self.official.get(source)
-        whole = share["train"] + share["val"] if listed else 1  # things lack an official test part
-        things_of, part_of = {}, {}  # {class: the source's things}; {(class, thing): its part}
-        for at, y in self.trainable(source):
-            things_of.setdefault(y, set()).add(thing(at))
-        for y, things in things_of.items():
-            train = max(1, round(share["train"] / whole * len(things)))
-            val = len(things) if listed else train + round(share["val"] * len(things))
-            for i, name in enumerate(sorted(things, key=rank)):
-                part_of[y, name] = "train" if i < train else "val" if i < val else "test"
-                if self.shots and self.shots <= i < train:
-                    part_of[y, name] = "unused"
+        part_of = self.split_source(source, seed)
         items = self.trainable(domain)
-        return [(at, y) for at, y in items if part_of.get((y, thing(at)), "test") == part]
+        return [(at, y) for at, y in items if part_of.get((y, self.thing(at)), "test") == part]
+
+    def split_source(self, source, seed):
+        """Return {(class index, thing): part} of the source.
+
+        Each class is split in the order of a hash of (data set, seed, file name), so that the same
+        files have the same split on any machine. `shots` takes images out of "train" only. Beside
+        an official test part there are only "train" and "val".
+        """
+        fractions, has_test_part = self.meta.fractions, source in self.official
+        total = fractions["train"] + fractions["val"] if has_test_part else 1
+        things_of = {}  # {class index: its things}
+        for at, y in self.trainable(source):
+            things_of.setdefault(y, set()).add(self.thing(at))
+
+        def order(thing):
+            return hashlib.sha256(f"{self.name} {seed} {thing}".encode()).hexdigest()
+
+        part_of = {}
+        for y, things in things_of.items():
+            n_train = max(1, round(fractions["train"] / total * len(things)))
+            n_val = len(things) if has_test_part else round(fractions["val"] * len(things))
+            for i, thing in enumerate(sorted(things, key=order)):
+                part_of[y, thing] = (
+                    "unused" if self.shots and self.shots <= i < n_train
+                    else "train" if i < n_train
+                    else "val" if i < n_train + n_val
+                    else "test"
+                )
+        return part_of
+
+    def thing(self, location):
+        """Return what an image shows, as far as its name tells: its own path, or its stem."""
+        if not self.meta.same_stem_same_thing:
+            return location.path
+        return os.path.splitext(os.path.basename(image_key(location.path)))[0]
 
 
-def load(name, root="data", captions=None):
-    """The data set `name`, found under `root`, fetched or made, and checked.
-
-    Exits with status 2 when it cannot be had, domains have different classes, or a class is empty.
-    """
-    from sets import folders
-
-    folder, meta = folders.read_meta(name, root)
-    folders.get(name, folder, meta)
-    if not captions:
-        usual = folder / "captions.jsonl", Path(root, f"{name}_captions.jsonl")
-        captions = next((file for file in usual if file.exists()), None)
-    read = folders.read_imagenet if meta.shifted else folders.read_domains
-    dataset = Dataset(name, folder, captions=captions and Path(captions), **read(folder, meta))
-    for domain, items in dataset.images.items():
-        if (expected := meta.counts.get(domain, len(items))) != len(items):
-            warn(f"{name}, {domain}: {len(items)} images in {folder}, {expected} are published")
-    if meta.official_split and len(dataset.official) < len(dataset.images):
-        warn(f"{folder} lacks lists {{domain}}_test.txt: domains without are split at random")
-    for domain, how_to in dataset.absent.items():
-        warn(f"{name}, {domain} will not be run: {how_to}")
-    return dataset
-
-
-def load_unseen(dataset):
-    """The Dataset of other classes that tells zero-shot ability; None where there is none.
-
-    ImageNet's are the `zero_shot` sets, each a domain; another's what it names as "unseen".
-    """
-    root, meta = dataset.folder.parent, dataset.meta
-    if meta.zero_shot:
-        from sets.webdataset import read_webdatasets
-
-        images, heads, absent = read_webdatasets(root, meta.zero_shot)
-        meta = Meta(phrases=dict.fromkeys(meta.zero_shot, "a photo"))
-        return Dataset("zero-shot", root, meta, [], [], images, heads=heads, absent=absent)
-    if meta.unseen == dataset.folder.name:
-        fail(f"{dataset.name}: its unseen classes cannot be its own. Name another data set.")
-    return load(meta.unseen, root) if meta.unseen else None
+# -------------------------------------------------------------------------------------------------
+# Prompts
 
 
 def article(noun):
-    """The noun phrase with "a" or "an"; as it is when plural or a name. A rule of thumb."""
+    """Return the noun phrase with "a" or "an", or unchanged if it is plural or a proper name.
+
+    It is a rule of thumb.
+    """
     if noun[0].isupper() or re.search(r"[^su]s$", noun.split(" with ")[0].split(":")[0]):
         return noun
     return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
 
 
 def class_texts(dataset, domain):
-    """One prompt a class in the words of `domain`: "a sketch of a dog". C strings."""
+    """Return C prompts in the words of `domain`, one for each class: "a sketch of a dog"."""
     return [f"{dataset.meta.phrases[domain]} of {article(name)}" for name in dataset.classnames]
 
 
 def prompt_templates(dataset, source, domain=None):
-    """(classnames, [classname -> prompt]), as open_clip.build_zero_shot_classifier takes them.
+    """Return (classnames, [function: classname -> prompt]), as open_clip's zero-shot classifier
+    takes them, in the words of `source`.
 
-    In the words of `source`, of the data set's classes or of those that `domain` has of its own.
-    Source: FLYP, which draws one of them for each image; CLIP's 80 templates for ImageNet.
-    CHOICE: elsewhere one, the source's phrase with the right article, whatever domain is measured,
-    since a model in use does not know what domain it will meet; alternative: `templates`.
+    The classes are the data set's, or those that `domain` has of its own. Source: FLYP, which draws
+    one of the templates for each image; CLIP's 80 templates for ImageNet.
+    CHOICE: other data sets have one template, the source's phrase with the right article, for all
+    domains, because a model in use does not know the domain of an image; alternative: `templates`.
     """
-    own = dataset.classnames, dataset.meta.templates.get(source)
-    classnames, templates = dataset.heads.get(domain, own)
+    default = dataset.classnames, dataset.meta.templates.get(source)
+    classnames, templates = dataset.heads.get(domain, default)
     if templates:
         return classnames, [text.format for text in templates]
     return classnames, [lambda name: f"{dataset.meta.phrases[source]} of {article(name)}"]
 
 
+# -------------------------------------------------------------------------------------------------
+# Captions
+
+
 def read_captions(path):
-    """{image path: row} of a captions.jsonl; exits with status 2 at a line that is none."""
+    """Return {image_key: row} of a captions.jsonl file. The last row of an image counts.
+
+    A row has "path" and "caption". A captioner's row also has "by", and "size" and "time" of the
+    image's file. Exits with status 2 if the file or a line of it cannot be read. Text behind the
+    last line's end that is no row is ignored: a killed run was writing it.
+    """
+    return parse_captions(path, file_stamp(path) if os.path.exists(path) else None)
+
+
+@functools.lru_cache(maxsize=4)
+def parse_captions(path, stamp):
+    """Return what `read_captions` does, parsed once as long as the file's stamp stays the same."""
     try:
-        text, rows = path.read_text(encoding="utf-8-sig").rstrip("\n"), {}
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read ({error}). Mend it, or name another with --captions.")
-    for number, line in enumerate(text.split("\n") if text else (), 1):
+        fail(f"{path} cannot be read ({error}). Correct it, or pass --captions with another file.")
+    rows = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            rows[row["path"]] = {**row, "caption": row["caption"].strip()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fail(f'{path}, line {number}: not {{"path": …, "caption": …}}. Mend or remove it.')
+            rows[image_key(row["path"])] = {**row, "caption": row["caption"].strip()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if number < len(lines):
+                fail(f'{path}, line {number}: not {{"path": …, "caption": …}}. Correct it.')
     return rows
 
 
-def read_rows(path):
-    """{image path: row} of a captions.jsonl and of what processes wrote beside it; these files."""
-    rows = read_captions(path) if path.exists() else {}
-    parts = sorted(path.parent.glob(f".{path.name}.part*"))  # the earliest first
-    for part in parts:
-        with undamaged(part, "Remove it: what it says will be said again."):
-            whole = part.read_text().rpartition("\n")[0]  # a kill may have left half a line
-            for row in map(json.loads, whole.splitlines()):
-                rows[row["path"]] = {**row, "caption": row["caption"].strip()}
-    return rows, parts
+def valid_caption(row, location):
+    """Return whether a row of `read_captions` (None: there is none) belongs to this image.
+
+    A captioner's row does if the image's file has the size and the time that the row records; a
+    row that a person has written does unless it is empty.
+    """
+    if row is None or "by" not in row:
+        return row is not None and row["caption"] != ""
+    return (row.get("size"), row.get("time")) == file_stamp(location.file)
 
 
-def write_rows(path, rows):
-    """Write dicts as JSON lines."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda new: new.write_text(text))
+def repeats_itself(caption):
+    """Return whether words occur three times in a row, "a cat a cat a cat": beam search failed."""
+    return re.search(r"\b(\w[\w ]*?)\b(?:,? \1\b){2}", caption) is not None
 
 
 def captions(dataset, items):
-    """c_i: each item's own caption; exits with status 2 where there is no file, or not for all."""
-    make = f"Make them: python anchors.py caption {dataset.name} SOURCE; or name --captions FILE."
-    if dataset.captions is None:
-        fail(f"no captions for {dataset.name}: every image of the source needs one. {make}")
-    rows, paths = read_captions(dataset.captions), [location.path for location, _ in items]
-    missing = [path for path in paths if path not in rows or not rows[path]["caption"]]
+    """Return c_i: one text for each of N items, its row in the captions file.
+
+    CHOICE: a captioner's text that is empty or repeats itself is replaced by the class prompt in
+    the words of the image's domain; alternative: leave the image out.
+    Exits with status 2 if the file or the row of an image is missing.
+    """
+    remedy = (
+        f"Make them with `python anchors.py caption {dataset.name} SOURCE`, or pass --captions FILE"
+    )
+    if dataset.captions is None or not dataset.captions.exists():
+        fail(f"{dataset.name} has no captions ({dataset.captions} does not exist). {remedy}.")
+    all_rows = read_captions(dataset.captions)
+    rows = [all_rows.get(image_key(location.path)) for location, _ in items]
+    missing = [at.path for (at, _), row in zip(items, rows) if not valid_caption(row, at)]
     if missing:
-        lacks = f"has no caption for {len(missing)} of {len(paths)} images, {missing[0]} the first"
-        fail(f"{dataset.captions} {lacks}. {make}")
-    return [rows[path]["caption"] for path in paths]
+        images = {image_key(at.path) for pairs in dataset.images.values() for at, _ in pairs}
+        unmatched = len(all_rows.keys() - images)
+        fail(
+            f"{dataset.captions} has no caption for {len(missing)} of {len(items)} images, "
+            f"{missing[0]} first; {unmatched} of its rows match no image. {remedy}."
+        )
+    texts = [row["caption"] for row in rows]
+    useless = [
+        i for i, (row, text) in enumerate(zip(rows, texts))
+        if "by" in row and (not text or repeats_itself(text))
+    ]
+    if useless:
+        domain_of = {at: d for d, pairs in dataset.images.items() for at, _ in pairs}
+        prompts = {domain: class_texts(dataset, domain) for domain in dataset.images}
+    for i in useless:
+        location, label = items[i]
+        texts[i] = prompts[domain_of[location]][label]
+    return texts
 
 
-# "a photo of", "a black and white sketch of": up to three words, and one for pictures, at the start
+# "a photo of", "a black and white sketch of": up to three words before a word for pictures
 MEDIUM = re.compile(
     r"^(an? )?((?!an?\b|the\b)[\w-]+ ){0,3}"
     r"(photo|photograph|picture|image|painting|drawing|sketch|cartoon|render) of ", re.I
@@ -285,16 +387,10 @@ MEDIUM = re.compile(
 
 
 def caption_texts(dataset, domain, items):
-    """P_k(c_i): each item's caption in the words of `domain`: "a sketch of a Weimaraner".
+    """Return P_k(c_i): each item's caption in the words of `domain`: "a sketch of a Weimaraner".
 
-    CHOICE: a caption that itself starts "a photo of" loses those words, or the prompt would say
-    both; alternative: keep them.
+    CHOICE: a caption that itself starts with "a photo of" loses these words, because otherwise the
+    prompt would name two media; alternative: keep them.
     """
     phrase = dataset.meta.phrases[domain]
     return [f"{phrase} of {MEDIUM.sub('', caption)}" for caption in captions(dataset, items)]
-
-
-if __name__ == "__main__":
-    from sets.hub import main
-
-    main()

@@ -1,104 +1,111 @@
-"""Evaluate: with quality.py, which it calls, all that measures on images of target domains.
+"""Evaluate: accuracy on the source, on unseen domains and on unseen classes, and the papers' figures.
 
-    python evaluate.py emoji 3d --paper arf --alphas 0.5      # every checkpoint of these methods
-    python -m report.tables runs/pacs-photo                   # the tables again, from results alone
+    python evaluate.py emoji 3d --paper arf --alphas 0.5      # every method, trained where needed
+    python -m report.tables runs/pacs-photo                   # tables of all that a folder contains
 
-It appends to the run's results.jsonl, draws what there is to draw (LDFS's figure 4, ARF's figures 4
-and 5) and prints the tables. What has been measured on the same images is not measured again.
+Scores are stored in runs/…/scores/; what is stored is not measured again.
 
 ID is accuracy on held-out images of the source, OOD on each unseen domain; OOD mean is their mean
-over domains, and extended the mean of ID and OOD mean (LADS's measure). Unseen is accuracy on
-images of classes that were kept apart, in a domain: zero-shot ability; unseen mean is its mean over
+over domains, and extended the mean of ID and OOD mean (LADS's measure). Unseen is accuracy among
+classes that finetuning never saw, in a domain: zero-shot ability; unseen mean is its mean over
 domains. Accuracy is top-1, over images, in per cent.
 """
 
 import contextlib
 import functools
 import statistics
-from utils import fail, load_whole, only_one_process, short_hash, undamaged, warn, write_atomically
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+import anchors
 import data
-from config import parse
-from features import cached_features, encode_images, load_clip, stamps, towers_of, zero_shot_head
-from finetune import checkpoint_path
-from methods import CACHED, TRAINED
-from prompts import PROMPTS
-from quality import figure4, figure5
-from report import figures, results, tables
+from core.artifacts import artifact, artifact_path, digest, load, save, stamps, write_atomically
+from core.config import describe, parse
+from core.distributed import progress_bar, require_one_process
+from core.methods import FROZEN_TOWERS, TRAINED, recipes_of
+from core.results import record
+from core.utils import fail, warn
+from features import cached_features, encode_images, load_clip, towers_of, zero_shot_head
+from finetune import checkpoint_path, finetune, history_path
+from mapper import mapper_artifacts, mapper_records
+from report import figures, quality, tables
+from sets.load import load_run, load_unseen
+from strategies.clipstyler import style_pictures, style_records
+from strategies.prompts import PROMPTS
 
 # -------------------------------------------------------------------------------------------------
-# Accuracies
+# Accuracy
 
 
 def accuracy(z, labels, head):
-    """Top-1, per cent, of features (N, d) under a head: weight (C, d), bias (C,) or None, or what
-    makes logits (N, C) of them.
+    """Return top-1 accuracy, in per cent, of features z (N, d) and labels (N,).
+
+    head: (weight (C, d), bias (C,) or None), or a function from features to logits (N, C).
     """
     logits = head(z) if callable(head) else F.linear(z, *head)
     return 100 * logits.argmax(1).eq(labels).float().mean().item()
 
 
-def accuracies(dataset, source, seed, features_of, head_of):
-    """Rows of accuracy: the source's val and test part, every target's test part, and their means.
+def domain_accuracies(dataset, source, seed, features_of, head_of):
+    """Return {"values": {domain: accuracy}, "n": {domain: images}, "validation": accuracy or None}.
 
-    features_of(dataset, domain, items) gives (N, d) features of [(Location, label)],
-    head_of(domain) the head, or None where there is none. A domain that is not on this disk, or has
-    no head, has no value.
-    CHOICE: means are over the domains that are here; of a method that has no head for one of these
-    there is none, for it would be over other domains than its rivals'; alternative: no mean unless
-    all are here.
+    Domains are the source's test part and every target, and the means "OOD mean" and "extended".
+    features_of(dataset, domain, items) gives features (N, d), head_of(domain) the head, or None if
+    the method cannot score the domain's classes. The value of a domain that is not on this disk, or
+    has no head, is None.
+    CHOICE: means are over the domains that are on this disk. The mean is None if the method cannot
+    score one of these, because its rivals' mean would be over other domains; alternative: no mean
+    unless all domains are there.
     """
-    rows, value_of, comparable = [], {}, True
-    domains = [(d, "test") for d in dataset.meta.phrases if d != source]
-    for domain, part in [(source, "val"), (source, "test"), *domains]:
-        here = domain not in dataset.absent
-        items = dataset.split(source, domain, part, seed) if here else []
-        if not items and here and part == "test":
-            fail(f"no image of {dataset.folder / domain} is left to test on; add some.")
-        if not items and part == "val":  # a small data set may leave no image for validation
-            continue
-        head = head_of(domain) if here else None
-        if head is None:
-            comparable = comparable and not here
-            rows.append({"domain": domain, "split": part, "value": None, "n": 0})
-            continue
+    values, n, comparable, validation = {}, {}, True, None
+
+    def measure(domain, part):
+        items = dataset.split(source, domain, part, seed)
+        head = head_of(domain)
+        if head is None or not items:
+            return None, 0
         labels = torch.tensor([label for _, label in items])
-        value = accuracy(features_of(dataset, domain, items), labels, head)
-        value_of[domain, part] = value
-        rows.append({"domain": domain, "split": part, "value": value, "n": len(items)})
-    targets = [value for (domain, _), value in value_of.items() if domain != source]
-    n = sum(row["n"] for row in rows if row["domain"] != source)
-    ood = statistics.mean(targets) if targets and comparable else None
-    extended = None if ood is None else (value_of[source, "test"] + ood) / 2
-    return rows + [
-        {"domain": "OOD mean", "value": ood, "n": n},
-        {"domain": "extended", "value": extended, "n": n},
-    ]
+        return accuracy(features_of(dataset, domain, items), labels, head), len(items)
+
+    validation = measure(source, "val")[0]  # None if a small data set leaves no image for it
+    targets = [domain for domain in dataset.meta.phrases if domain != source]
+    for domain in [source, *targets]:
+        available = domain not in dataset.absent
+        values[domain], n[domain] = measure(domain, "test") if available else (None, 0)
+        if available and values[domain] is None:
+            comparable = False
+    measured = [values[domain] for domain in targets if values[domain] is not None]
+    ood = statistics.mean(measured) if measured and comparable else None
+    values["OOD mean"] = ood
+    values["extended"] = None if ood is None else (values[source] + ood) / 2
+    n["OOD mean"] = n["extended"] = sum(n[domain] for domain in targets)
+    return {"values": values, "n": n, "validation": validation}
 
 
 def unseen_accuracies(dataset, features_of, head_of):
-    """Rows of accuracy on a data set of kept-apart classes: in each domain, and their mean."""
-    rows = [{"domain": f"unseen {domain}", "value": None, "n": 0} for domain in dataset.absent]
+    """Return ({name: accuracy}, {name: images}) on a data set of unseen classes.
+
+    Names are "unseen DOMAIN" and "unseen mean", the mean over the domains on this disk.
+    """
+    values, n = dict.fromkeys(dataset.absent), dict.fromkeys(dataset.absent, 0)
     for domain, items in dataset.images.items():
         labels = torch.tensor([label for _, label in items])
-        value = accuracy(features_of(dataset, domain, items), labels, head_of(domain))
-        rows.append({"domain": f"unseen {domain}", "value": value, "n": len(items)})
-    measured = [row["value"] for row in rows if row["value"] is not None]
-    mean = statistics.mean(measured) if measured else None
-    return [*rows, {"domain": "unseen mean", "value": mean, "n": sum(row["n"] for row in rows)}]
+        values[domain] = accuracy(features_of(dataset, domain, items), labels, head_of(domain))
+        n[domain] = len(items)
+    measured = [value for value in values.values() if value is not None]
+    values["mean"], n["mean"] = statistics.mean(measured) if measured else None, sum(n.values())
+    return {f"unseen {k}": v for k, v in values.items()}, {f"unseen {k}": v for k, v in n.items()}
 
 
-def heads(clip, dataset, source, trained=None):
-    """head_of(domain), by `trained`: of a head (weight, bias), its rows of the classes there; of a
-    prompt's `classifier`, what it makes of their names; of None, the text tower's zero-shot head at
-    the time of the call.
+def head_function(clip, dataset, source, trained=None):
+    """Return head_of(domain), depending on `trained`.
 
-    CHOICE: unseen classes, too, are named in the source's words, whatever the domain, since a model
-    in use does not know what domain it meets; alternative: in each domain's own.
+    Of a head (weight, bias) it gives the rows of the classes in that domain; of a prompt learner's
+    `classifier` its head of their names; of None the text tower's zero-shot head at that moment.
+    CHOICE: unseen classes, too, are named in the source's words, whatever the domain, because a
+    model in use does not know which domain it meets; alternative: in each domain's own.
     """
 
     @functools.cache
@@ -108,154 +115,241 @@ def heads(clip, dataset, source, trained=None):
             return zero_shot_head(clip, classnames, templates), None
         if callable(trained):
             return trained(classnames)
-        return restricted(trained, dataset.classnames, classnames) if domain else trained
+        return restrict_head(trained, dataset.classnames, classnames) if domain else trained
 
     return lambda domain: head_of(domain if domain in dataset.heads else None)
 
 
-def restricted(head, classnames, own_names):
-    """The part of a head of `classnames` that classifies among `own_names`; None where one is not
-    there.
+def restrict_head(head, classnames, own_names):
+    """Return the rows of a head of `classnames` that classify among `own_names`; None if one of
+    these has no row.
 
-    ImageNet-A and -R have 200 of ImageNet's 1000 classes: so one chooses among these alone. Two
-    classes of one name (ImageNet has two "missile") are told apart by the order, the same in both
-    lists.
+    ImageNet-A and -R have 200 of ImageNet's 1000 classes, and are classified among these alone. Two
+    classes of one name (ImageNet has two "missile") are told apart by the order, which is the same
+    in both lists.
     """
     rows = []
     for name in own_names:
-        alike = [i for i, other in enumerate(classnames) if other == name]
-        if not alike:
+        candidates = [i for i, other in enumerate(classnames) if other == name]
+        if not candidates:
             return None
-        rows.append(next((i for i in alike if not rows or i > rows[-1]), alike[0]))
+        later = [i for i in candidates if not rows or i > rows[-1]]
+        rows.append((later or candidates)[0])
     weight, bias = head
     return weight[rows], None if bias is None else bias[rows]
 
 
 def interpolate(original, tuned, alpha):
-    """θ = (1 − α) θ_original + α θ_tuned, entry by entry. Source: WiSE-FT (2109.01903)."""
-    def mixed(k, v):
-        return (1 - alpha) * original[k] + alpha * v if v.is_floating_point() else v
+    """Return θ = (1 − α) θ_original + α θ_tuned, entry by entry. Source: WiSE-FT (2109.01903)."""
 
-    return {k: mixed(k, v) for k, v in tuned.items() if k in original}
+    def mix(name, value):
+        if not value.is_floating_point():
+            return value
+        return (1 - alpha) * original[name] + alpha * value
 
-
-def original_features(clip, run):
-    """features_of(dataset, domain, items) -> (N, d), of `clip` as it is; each domain read once."""
-    caches = {}
-
-    def features_of(dataset, domain, items):
-        if (dataset.name, domain) not in caches:
-            caches[dataset.name, domain] = cached_features(clip, dataset, domain, run)
-        return caches[dataset.name, domain](items)
-
-    return features_of
+    return {name: mix(name, value) for name, value in tuned.items() if name in original}
 
 
-def measure_checkpoints(config, dataset, clip, cached):
-    """Append accuracies of zero-shot CLIP and of every checkpoint, at every α.
+# -------------------------------------------------------------------------------------------------
+# Scores of a run
 
-    cached: of `original_features`.
+
+def evaluate(settings, dataset, clip):
+    """Return records of accuracy: of zero-shot CLIP, and of every method, seed and α.
+
+    Checkpoints that are not stored are trained first.
     """
-    unseen = data.load_unseen(dataset)
-    if unseen and config.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
-        fail(f"{unseen.name}, the unseen classes of {dataset.name}, has no domain {config.source}.")
-    for domain, how_to in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
-        print(f"not run: {domain} ({how_to})")
-    sets = [one for one in (dataset, unseen) if one]
-    tested = short_hash([stamps(items) for one in sets for items in one.images.values()], [
-        [template(name) for template in templates for name in names]
-        for one in sets for domain in one.images
-        for names, templates in [data.prompt_templates(one, config.source, domain)]
-    ], dataset.meta.fractions, dataset.meta.same_stem_same_thing, sorted(
-        path for paths in dataset.official.values() for path in paths
-    ))
-    clip_0 = {k: v.cpu().clone() for k, v in clip.model.state_dict().items()}
-    text = zero_shot_head(clip, *data.prompt_templates(dataset, config.source))
-    rows = results.latest(config.run).values()
-    # every job writes an OOD mean, if only that there is none
-    measured = {row["key"] for row in rows if row["domain"] == "OOD mean"}
-
-    def encode(dataset, domain, items):
-        return encode_images(clip, items, label=domain)
-
-    def measure(features_of, trained, open_set, seed):  # open_set: any classes can be named
-        rows = accuracies(
-            dataset, config.source, seed, features_of, heads(clip, dataset, config.source, trained)
-        )
-        if unseen and open_set:
-            said = heads(clip, unseen, config.source, trained if callable(trained) else None)
-            rows += unseen_accuracies(unseen, features_of, said)
-        return rows
-
-    jobs = [(seed, name) for seed in range(config.seeds) for name in ["zero-shot", *config.methods]]
-    for seed, name in tqdm(jobs, desc="evaluating", unit="run", leave=False):
-        shared = {"method": name, "seed": seed, "tested": tested[:8]}
+    unseen = load_unseen(dataset)
+    if unseen and settings.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
+        fail(f"{unseen.name}, the unseen classes of {dataset.name}, lacks {settings.source}.")
+    for domain, remedy in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
+        print(f"not run: {domain} ({remedy})")
+    test_key = test_inputs(settings, dataset, unseen)
+    records = []
+    jobs = [(seed, name) for seed in range(settings.seeds)
+            for name in ("zero-shot", *settings.methods)]
+    for seed, name in progress_bar(jobs, desc="evaluating", unit="run", leave=False):
         if name == "zero-shot":
-            open_set = any(m.train != "linear" for m in config.methods.values())
-            keys = [  # what was measured on unseen classes, too, holds without them
-                short_hash(clip.fingerprint, tested, seed, config.id, unseen_too)[:12]
-                for unseen_too in (open_set, True)
-            ]
-            if measured.isdisjoint(keys):
-                rows = measure(cached, None, open_set, seed)
-                results.append(config, [{**row, **shared, "key": keys[0]} for row in rows])
-            continue
-        path, method = checkpoint_path(config, name, seed), config.methods[name]
-        if not path.exists():
-            fail(f"{path} is not there. Train it: python finetune.py, with the same arguments.")
-        with undamaged(path, "Remove it, and run finetune.py again."):
-            state = load_whole(path, "cpu")
-            tuned = state["modules"]
-            whole = state["optimizer"] is None and state["fingerprint"] == clip.fingerprint
-        if not whole:
-            fail(f"{path} is unfinished, or of another model. Finish it: python finetune.py.")
-        if state["classes"] != dataset.classes:
-            fail(f"{path} was trained on other classes than there are now: python finetune.py.")
-        features_of = cached if method.train in CACHED else encode
-        original = {"head.weight": text, **{f"towers.{k}": v for k, v in clip_0.items()}}
-        if "head.bias" in tuned:  # WiSE-FT's head, with the scale inside
-            original["head.weight"] = clip.model.logit_scale.exp().cpu() * text
-            original["head.bias"] = torch.zeros(len(text))
-        shared["trained"] = TRAINED[method.train]
-        shared |= {"lambda_cap": config.lambda_cap} if method.captions else {}
-        shared |= {"lambda_ret": config.lambda_ret} if method.retrieved else {}
-        for alpha in (1.0, *(config.alphas if method.train not in PROMPTS else ())):
-            key = short_hash(state["config_hash"], tested, alpha)[:12]
-            if key in measured:
-                continue
-            mix = tuned if alpha == 1 else interpolate(original, tuned, alpha)
-            if towers := towers_of(mix):
-                clip.model.load_state_dict(towers)
-            trained = (mix["head.weight"], mix.get("head.bias")) if "head.weight" in mix else None
-            prompted = contextlib.nullcontext()
-            if method.train in PROMPTS:
-                prompt = PROMPTS[method.train](None, clip, dataset.classnames, tuned["vectors"])
-                prompt.load_state_dict(tuned)
-                trained, prompted = prompt.classifier, prompt.prompted()
-            with prompted:
-                rows = measure(features_of, trained, method.train != "linear", seed)
-            if alpha not in (0.5, 1):  # points of a curve
-                means = (config.source, "OOD mean", "unseen mean")
-                rows = [row for row in rows if row["domain"] in means and "val" != row.get("split")]
-            results.append(
-                config, [{**row, **shared, "alpha": alpha, "key": key} for row in rows]
-            )
-            clip.model.load_state_dict(clip_0)
+            records.append(zero_shot_record(settings, dataset, unseen, clip, seed, test_key))
+        else:
+            records += method_records(settings, dataset, unseen, clip, name, seed, test_key)
+    return records
+
+
+def test_inputs(settings, dataset, unseen):
+    """Return all of the test sets that decides a score: images, prompts, and how they are split."""
+    test_sets = [tested for tested in (dataset, unseen) if tested]
+    prompts = [
+        template(name)
+        for tested in test_sets for domain in tested.images
+        for names, templates in [data.prompt_templates(tested, settings.source, domain)]
+        for template in templates for name in names
+    ]
+    images = [stamps(items) for tested in test_sets for items in tested.images.values()]
+    official = sorted(path for paths in dataset.official.values() for path in paths)
+    meta = dataset.meta
+    return digest(images, prompts, meta.fractions, meta.same_stem_same_thing, official)
+
+
+def zero_shot_record(settings, dataset, unseen, clip, seed, test_key):
+    """Return the record of the original weights. Unseen classes are measured if a method of the run
+    can name them: a linear head knows its own classes only.
+    """
+    open_set = any(method.train != "linear" for method in settings.methods.values())
+    inputs = clip.key, test_key, seed, open_set
+    path = artifact_path(settings.run / "scores", f"zero-shot-seed{seed}", inputs, ".json")
+
+    def measure_zero_shot():
+        unseen_set = unseen if open_set else None
+        features_of = original_features(settings, clip)
+        scores = measure(settings, dataset, unseen_set, clip, seed, features_of, trained=None)
+        return record(settings, "accuracy", "zero-shot", seed, **scores)
+
+    return artifact(path, measure_zero_shot)
+
+
+def method_records(settings, dataset, unseen, clip, name, seed, test_key):
+    """Return the records of a method and a seed: of α = 1, and of --alphas."""
+    method, records = settings.methods[name], []
+    checkpoint = checkpoint_path(settings, dataset, clip, name, seed)
+    alphas = () if method.train in PROMPTS else settings.alphas  # prompts are not interpolated
+    for alpha in dict.fromkeys((1.0, *alphas)):
+        fields = {
+            "trained": TRAINED[method.train], "alpha": alpha,
+            "schedule": asdict(settings.schedules[method.train]),
+            "options": settings.options(method),
+        }
+        inputs = checkpoint.name, test_key, fields
+        file_name = f"{name}-seed{seed}-alpha{alpha:g}"
+        path = artifact_path(settings.run / "scores", file_name, inputs, ".json")
+
+        def measure_method(method=method, alpha=alpha, fields=fields):
+            modules = finetune(settings, dataset, clip, name, seed)["modules"]
+            unseen_set = unseen if method.train != "linear" else None
+            with finetuned(settings, dataset, clip, method, modules, alpha) as (features_of, head):
+                scores = measure(settings, dataset, unseen_set, clip, seed, features_of, head)
+            return record(settings, "accuracy", name, seed, **scores, **fields)
+
+        records.append(artifact(path, measure_method))
+    return records
+
+
+def measure(settings, dataset, unseen, clip, seed, features_of, trained):
+    """Return {"values", "n", "validation"} on the data set, and on unseen classes unless None.
+
+    trained: as in `head_function`.
+    """
+    head_of = head_function(clip, dataset, settings.source, trained)
+    scores = domain_accuracies(dataset, settings.source, seed, features_of, head_of)
+    if unseen:
+        open_head = trained if callable(trained) else None
+        head_of = head_function(clip, unseen, settings.source, open_head)
+        values, n = unseen_accuracies(unseen, features_of, head_of)
+        scores["values"] |= values
+        scores["n"] |= n
+    return scores
+
+
+def original_features(settings, clip):
+    """Return features_of(dataset, domain, items) of the original weights, which are cached."""
+    return lambda dataset, domain, items: cached_features(
+        clip, dataset, domain, items, settings.cache
+    )
+
+
+@contextlib.contextmanager
+def finetuned(settings, dataset, clip, method, modules, alpha):
+    """Within the context, `clip` has a checkpoint's towers at α; yield (features_of, trained head).
+
+    modules: of the checkpoint. The head is as in `head_function`.
+    """
+    if alpha < 1:
+        modules = interpolate(original_modules(settings, dataset, clip, modules), modules, alpha)
+    if towers := towers_of(modules):
+        clip.model.load_state_dict(towers)
+    head, prompted = None, contextlib.nullcontext()
+    if "head.weight" in modules:
+        head = modules["head.weight"], modules.get("head.bias")
+    if method.train in PROMPTS:
+        phrase = dataset.meta.phrases[settings.source]
+        learner = PROMPTS[method.train](clip, dataset.classnames, phrase)
+        learner.load_state_dict(modules)
+        head, prompted = learner.classifier, learner.prompted()
+    if method.train in FROZEN_TOWERS:
+        features_of = original_features(settings, clip)
+    else:
+        def features_of(dataset, domain, items):
+            return encode_images(clip, items, label=domain)
+    try:
+        with prompted:
+            yield features_of, head
+    finally:
+        clip.reset()
+
+
+def original_modules(settings, dataset, clip, modules):
+    """Return what a checkpoint's modules were before finetuning: towers, and the zero-shot head."""
+    original = {f"towers.{name}": value for name, value in clip.original.items()}
+    if "head.weight" in modules:
+        templates = data.prompt_templates(dataset, settings.source)
+        original["head.weight"] = zero_shot_head(clip, *templates)                          # (C, d)
+    if "head.bias" in modules:  # WiSE-FT's head: the scale is part of its weight
+        original["head.weight"] = clip.logit_scale * original["head.weight"]
+        original["head.bias"] = torch.zeros(len(original["head.weight"]))
+    return original
+
+
+# -------------------------------------------------------------------------------------------------
+# The report of a run
+
+
+def report(settings, dataset, clip, records):
+    """Print the tables of accuracy records and of measures, write table.md, and draw the figures."""
+    run = settings.run
+    synthesis, neighbours = quality.synthesis_records(settings, dataset, clip)
+    measures = [
+        *mapper_records(settings, dataset, clip), *style_records(settings, dataset, clip),
+        *synthesis, *quality.caption_records(settings, dataset, clip),
+    ]
+    methods = settings.methods.values()
+    if any(method.retrieved for method in methods):
+        measures += anchors.pair_records(settings, dataset, clip)
+    save(measures, artifact_path(run / "scores", "measures", (measures,), ".json"))
+    print(tables.terminal_table([*records, *measures]))
+    markdown = tables.markdown_table([*records, *measures])
+    write_atomically(run / "table.md", lambda part: part.write_text(markdown, "utf-8"), warn)
+
+    figures.draw_losses(loss_histories(settings, dataset, clip), run / "losses.png")
+    if neighbours:
+        figures.draw_figure4(run / "figure4.png", neighbours)
+    if pictures := style_pictures(settings, dataset, clip):
+        figures.draw_styles(run / "clipstyler.png", pictures)
+    if any(method.captions for method in methods) and any(method.retrieved for method in methods):
+        columns = quality.figure5_columns(settings, dataset, clip)
+        figures.draw_figure5(run / "figure5.png", columns)
+    if settings.alphas:
+        figures.draw_curve(records, run / "curve.png")
+
+
+def loss_histories(settings, dataset, clip):
+    """Return {label: history of the losses} of seed 0: of every mapper and every method."""
+    histories = {}
+    for recipe_name, recipe in recipes_of(settings.methods).items():
+        if recipe.loss != "clipstyler":
+            contents = mapper_artifacts(settings, dataset, clip, recipe_name, 0)
+            for domain, content in contents.items():
+                histories[f"mapper {recipe_name} → {domain}"] = content["history"]
+    for name in settings.methods:
+        histories[name] = load(history_path(checkpoint_path(settings, dataset, clip, name, 0)))
+    return histories
 
 
 def main():
-    config, dataset = parse(__doc__)
-    only_one_process("evaluate.py", "takes one process: run it without torchrun")
-    clip = load_clip(config)
-    cached = original_features(clip, config.run)
-    measure_checkpoints(config, dataset, clip, cached)
-    figure4(config, dataset, clip, cached)
-    figure5(config, dataset, clip, cached)
-    rows = results.read(config.run)
-    figures.draw_curve(rows, config.run / "curve.png")
-    markdown = tables.table(rows)
-    write_atomically(config.run / "table.md", lambda part: part.write_text(markdown), warn)
-    print(markdown)
+    settings, dataset = load_run(parse(__doc__))
+    require_one_process("evaluate.py")
+    clip = load_clip(settings)
+    print(describe(settings, dataset, clip.device))
+    report(settings, dataset, clip, evaluate(settings, dataset, clip))
 
 
 if __name__ == "__main__":

@@ -1,184 +1,378 @@
-"""Finetune CLIP on the source domain: LDFS's step 2, FLYP, ARF. Their steps, and one run.
+"""Finetune CLIP on the source domain: LDFS's step 2, FLYP and ARF. Their losses, and the loop.
 
-    python finetune.py pacs photo --methods finetune lads ldfs                  # linear heads
+    python finetune.py pacs photo --methods finetune lads ldfs                        # linear heads
     python finetune.py pacs photo --paper arf --methods finetune flyp arf arf+ldfs    # towers
     python finetune.py … --micro-batch 16              # the same in less memory
     torchrun --nproc-per-node 8 -- finetune.py …       # … and with a batch split over eight GPUs
 
-No image of a target domain is read here, and no result chooses anything: the last step is what is
-kept. Checkpoints go to runs/…/checkpoints/; a killed run goes on after its last finished epoch (a
-linear head's, which takes seconds, from its start).
+No image of a target domain is read here, and no result chooses anything: the last step counts.
+Checkpoints are stored in runs/…/checkpoints/. A killed run goes on after its last finished epoch (a
+linear head, which takes seconds, from its start).
 """
 
 import math
 import re
 from dataclasses import asdict, replace
-from utils import fail, short_hash
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
+import anchors
 import data
-from batches import batches_of, load_retrieved
-from config import parse
-from distributed import first_alone, gathered, leave, progress, ranks
-from features import cached_features, load_clip, stamps, zero_shot_head
+from batches import training_batches
+from core.artifacts import artifact_path, load, save, stamps
+from core.config import describe, parse
+from core.distributed import (
+    agree,
+    all_gather_with_grad,
+    average_gradients,
+    barrier,
+    leave,
+    progress_bar,
+    rank_and_world,
+)
+from core.methods import FROZEN_TOWERS
+from core.utils import fail
+from features import cached_features, load_clip, zero_shot_head
 from losses import clip_contrastive
-from mapper import load_synthesiser
-from methods import CACHED
-from prompts import PROMPTS
-from strategies import CLIPood, Contrastive, Full, Linear, Towers
-from training import fit
+from mapper import load_mappers, mapper_path
+from sets.load import load_run
+from strategies.base import LinearProbe
+from strategies.clipstyler import load_styled_features, style_path
+from strategies.prompts import PROMPTS
+from strategies.towers import BothTowers, CLIPood, FullFinetuning
 
 # -------------------------------------------------------------------------------------------------
-# The papers' steps
+# The papers' losses
 
 
-def ce_step(features, labels, head):
-    """L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's step 2; of [z] alone it is plain finetuning.
+def ldfs_losses(strategy, batch):
+    """Return the terms of L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's step 2, by name.
 
-    features: [z, ẑ^1 … ẑ^K], each (b, d) unit norm, of this process's share of the batch (one
-    process: b = B). labels: (B,). head: (b, d) -> logits (b, C), as s · W z. LDFS's L_con is
-    cross-entropy, ARF's (below) is CLIP's contrastive loss.
+    LDFS's L_con is cross-entropy; without ẑ^k this is plain finetuning. A strategy says what z is
+    and which head makes logits of it: s · W z of a linear probe.
     Source: LDFS, figure 2, step 2.
     CHOICE: every domain weighs as much as the original, as in LADS's union of features;
     alternative: the mean over domains.
     """
-    return sum(F.cross_entropy(gathered(head(x), len(labels)), labels) for x in features)
+    y, head = batch.labels, strategy.head_for(batch)                                         # (B,)
+    features = strategy.features(batch)                    # {"L_con": z, "L_con sketch": ẑ}, (b, d)
+    logits = {name: all_gather_with_grad(head(x), len(y)) for name, x in features.items()}  # (B, C)
+    return {name: F.cross_entropy(logits[name], y) for name in logits}
 
 
-def together(encode, *parts):
-    """encode(x), (b, d), of each x (b, …) or None among `parts`, all in one forward of a tower."""
-    there = [x for x in parts if x is not None]
-    features = iter(encode(torch.cat(there)).split([len(x) for x in there]))
-    return [None if x is None else next(features) for x in parts]
-
-
-def contrastive_step(clip, batch, mappers=(), lambda_cap=1.0, lambda_ret=1.0):
-    """L = L_cl + λ_cap L_cap + λ_ret L_ret, ARF; L_cl alone is FLYP.
+def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0):
+    """Return the terms of L = L_cl + λ_cap L_cap + λ_ret L_ret, ARF, by name; L_cl alone is FLYP.
 
     Source: ARF, figure 2; FLYP (arXiv 2212.00638).
     CHOICE: λ_cap = λ_ret = 1; alternative: --lambda-cap, --lambda-ret.
-    CHOICE: a synthesised feature is contrasted with the prompts in the source's words, as in
-    LDFS's L_2; alternative: in the words of its domain.
+    CHOICE: a synthesised feature is contrasted with the prompts in the source's words, as in LDFS's
+    L_2; alternative: in the words of its domain.
     """
+    s, n = clip.model.logit_scale.exp(), len(batch.labels)
 
-    def l_con(image, text, n):  # (b, d) each, over the n pairs of all processes
-        image, text = gathered(image, n), gathered(text, n)
-        return clip_contrastive(image, text, clip.model.logit_scale.exp())
+    def l_con(image, text, n):  # of the n pairs of all ranks
+        return clip_contrastive(all_gather_with_grad(image, n), all_gather_with_grad(text, n), s)
 
-    n, (images, texts, pairs) = len(batch.labels), batch.retrieved or (None, None, 0)
-    z, z_ret = together(clip.encode_image, batch.images, images)           # each image once, (b, d)
-    t, t_cap, t_ret = together(clip.encode_text, batch.prompts, batch.captions, texts)
-    loss = l_con(z, t, n)                                                           # L_cl, FLYP's
-    if t_cap is not None:                                                                    # TCAG
-        loss = loss + lambda_cap * l_con(z, t_cap, n)
-    if t_ret is not None:                                                                    # ITAR
-        loss = loss + lambda_ret * l_con(z_ret, t_ret, pairs)
-    for mapper in mappers:                                               # LDFS's ẑ^k, if asked for
-        loss = loss + l_con(mapper(z), t, n)
-    return loss
+    z, z_ret = encode_concat(clip.encode_image, batch.images, batch.pool_images)            # (b, d)
+    t, t_cap, t_ret = encode_concat(
+        clip.encode_text, batch.prompts, batch.captions, batch.pool_texts
+    )
+    losses = {"L_cl": l_con(z, t, n)}                                                         # FLYP
+    if t_cap is not None:                                                                     # TCAG
+        losses["L_cap"] = lambda_cap * l_con(z, t_cap, n)
+    if t_ret is not None:                                                                     # ITAR
+        losses["L_ret"] = lambda_ret * l_con(z_ret, t_ret, batch.n_pairs)
+    for domain, mapper in (mappers or {}).items():                           # LDFS's ẑ^k, if wanted
+        losses[f"L_cl {domain}"] = l_con(mapper(z), t, n)
+    return losses
+
+
+def encode_concat(encode, *parts):
+    """Return encode(x), (b, d), of each part (b, …) or None, in one forward pass of a tower."""
+    given = [x for x in parts if x is not None]
+    features = iter(encode(torch.cat(given)).split([len(x) for x in given]))
+    return [None if x is None else next(features) for x in parts]
 
 
 # -------------------------------------------------------------------------------------------------
-# One run: a method and a seed
+# The loop
 
 
-def checkpoint_path(config, name, seed):
-    return config.run / "checkpoints" / f"{name}-seed{seed}-{config.id}.pt"
+def train(strategy, method, batches, steps_per_epoch, schedule, partial, lambdas=(1.0, 1.0)):
+    """Train a Strategy and return its history: [{each loss term's mean, "lr": …} of an epoch].
+
+    batches: function epoch -> iterator of Batch. partial: path of the state after each epoch, from
+    which a killed run goes on. Raises FloatingPointError if a loss or a weight is not finite.
+    """
+    parameters = [p for p in strategy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, schedule.lr, weight_decay=schedule.weight_decay, fused=True
+    )
+    start_epoch, history = load_partial(partial, strategy, optimizer)
+    total = schedule.epochs * steps_per_epoch
+    bar = progress_bar(
+        total=total, initial=start_epoch * steps_per_epoch, desc=partial.name, leave=False
+    )
+
+    for epoch in range(start_epoch, schedule.epochs):
+        sums = 0
+        for step, batch in enumerate(batches(epoch), epoch * steps_per_epoch):
+            if method.contrastive:
+                losses = arf_losses(strategy.clip, batch, strategy.mappers, *lambdas)
+            else:
+                losses = ldfs_losses(strategy, batch)
+            loss = sum(losses.values())
+
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(parameters)
+            if schedule.max_norm:
+                nn.utils.clip_grad_norm_(parameters, schedule.max_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, total, schedule)
+            optimizer.step()
+            strategy.after_step()
+
+            sums = sums + torch.stack([*losses.values()]).detach()
+            if step % 10 == 0:  # not each step, because reading a value waits for the device
+                show_losses(bar, losses, step)
+            bar.update()
+        show_losses(bar, losses, step)
+        if not all(p.isfinite().all() for p in parameters):
+            raise FloatingPointError(f"a weight is not finite after step {step}")
+        means = (sums / steps_per_epoch).tolist()
+        history.append({**dict(zip(losses, means)), "lr": lr_at(step, total, schedule)})
+        if strategy.slow and epoch + 1 < schedule.epochs:
+            save_partial(partial, strategy, optimizer, epoch + 1, history)
+
+    bar.close()
+    strategy.finish()
+    return history
 
 
-def finetune(clip, dataset, config, name, method, seed, init=None):
-    """Finetune `clip` in place by one method with one seed, or go on; returns the Learner.
+def show_losses(bar, losses, step):
+    """Show the loss terms beside the bar; raise FloatingPointError if one is not finite."""
+    values = {name: loss.item() for name, loss in losses.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value} at step {step}")
+    bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+
+
+def lr_at(step, steps, schedule):
+    """Return the learning rate at `step` of `steps`: linear warm-up, then a cosine to 0."""
+    warmup_steps = max(1, round(schedule.warmup * steps))
+    if step < warmup_steps:
+        return schedule.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return schedule.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def save_partial(path, strategy, optimizer, epoch, history):
+    """Store the state after an epoch, on rank 0."""
+    if rank_and_world()[0] == 0:
+        state = {"modules": strategy.state_dict(), "optimizer": optimizer.state_dict()}
+        save({**state, "epoch": epoch, "history": history}, path)
+
+
+def load_partial(path, strategy, optimizer):
+    """Return (first epoch, history), and load the stored state if there is one."""
+    if not agree(path.exists()):
+        return 0, []
+    state = load(path, strategy.clip.device)
+    strategy.load_state_dict(state["modules"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["epoch"], state["history"]
+
+
+# -------------------------------------------------------------------------------------------------
+# Load or train
+
+
+def head_start(settings, method):
+    """Return how the head starts: "text" or "scratch".
 
     CHOICE: a linear probe starts at random, as probes do; a tower's head, and the probe of LP-FT,
-    as the class prompts, as in WiSE-FT, for the gradients of a random head would spoil the tower;
-    alternative: --init.
+    start as the class prompts, as in WiSE-FT, because the gradients of a random head would damage
+    the tower; alternative: --init.
     """
-    items = dataset.split(config.source, config.source, "train", seed)
-    classnames, templates = data.prompt_templates(dataset, config.source)
-    clip.model.requires_grad_(False)
-    class_text = zero_shot_head(clip, classnames, templates)                               # (C, d)
+    return settings.init or ("scratch" if method.train in FROZEN_TOWERS else "text")
+
+
+def checkpoint_path(settings, dataset, clip, name, seed, method=None, init=None):
+    """Return where a method's checkpoint is stored; the hash in its name covers all its inputs.
+
+    method, init: of the probe of LP-FT; otherwise those of `name`.
+    """
+    source, method = settings.source, method or settings.methods[name]
+    items = dataset.split(source, source, "train", seed)
+    classnames, templates = data.prompt_templates(dataset, source)
+    inputs = [
+        asdict(method), seed, init or head_start(settings, method),
+        asdict(settings.schedules[method.train]), clip.key, stamps(items),
+        [template(name) for template in templates for name in classnames],
+        data.class_texts(dataset, source), dataset.meta.phrases[source],
+    ]
+    if method.train not in (*FROZEN_TOWERS, "maple"):
+        inputs.append(settings.unlocked_groups)
+    if method.train == "towers":
+        inputs.append(settings.lock_text)
+    if method.needs_captions:
+        anchors.caption_source(settings, dataset)
+    if method.captions:
+        inputs += [settings.lambda_cap, data.captions(dataset, items)]
+    if method.retrieved:
+        pairs = anchors.pairs_of(settings, dataset, clip, items)
+        texts = [text for _, text in pairs]
+        inputs += [settings.lambda_ret, stamps([(at, 0) for at, _ in pairs]), texts]
+    if method.recipe:
+        inputs += synthesiser_keys(settings, dataset, clip, method.recipe, seed)
+    if method.train == "lpft":
+        probe, init = probe_of(settings, method)
+        path = checkpoint_path(settings, dataset, clip, f"{name}-probe", seed, probe, init)
+        inputs.append(path.name)
+    return artifact_path(settings.run / "checkpoints", f"{name}-seed{seed}", inputs)
+
+
+def history_path(checkpoint):
+    """Return where the history of a checkpoint's losses is stored, for `report.figures`."""
+    return checkpoint.with_suffix(".json")
+
+
+def probe_of(settings, method):
+    """Return (Method, init) of the probe that LP-FT trains first (arXiv 2202.10054)."""
+    return replace(method, train="linear"), head_start(settings, method)
+
+
+def synthesiser_keys(settings, dataset, clip, recipe_name, seed):
+    """Return the file names of a recipe's mappers: their hashes cover all that decides them."""
+    targets = dataset.styles(settings.source)
+    if recipe_name == "clipstyler":
+        paths = [style_path(settings, dataset, clip, domain, seed) for domain in targets]
+    else:
+        paths = [
+            mapper_path(settings, dataset, clip, recipe_name, domain, seed) for domain in targets
+        ]
+    return [path.name for path in paths]
+
+
+def load_synthesisers(settings, dataset, clip, recipe_name, seed, items):
+    """Return {target: module from z to ẑ, both (N, d), of the source's `items`}, frozen."""
+    if recipe_name == "clipstyler":
+        return load_styled_features(settings, dataset, clip, seed, items)
+    return load_mappers(settings, dataset, clip, recipe_name, seed)
+
+
+def finetune(settings, dataset, clip, name, seed, method=None, init=None):
+    """Return the checkpoint of a method and a seed, from disk or trained now.
+
+    {"modules": weights on the CPU, "base", "weights", "classes"}; the history of the losses is
+    stored beside it. `clip` has its original weights again afterwards. method, init: as in
+    `checkpoint_path`.
+    """
+    path = checkpoint_path(settings, dataset, clip, name, seed, method, init)
+    partial = path.with_suffix(".partial.pt")
+    if not agree(path.exists()):
+        clip.reset()
+        method = method or settings.methods[name]
+        init = init or head_start(settings, method)
+        items = dataset.split(settings.source, settings.source, "train", seed)
+        strategy, batches = prepare(settings, dataset, clip, name, seed, method, init, items)
+        if not any(p.requires_grad for p in strategy.parameters()):
+            fail(f"{name}: --unlocked-groups and --lock-text leave nothing of it to train.")
+        schedule = settings.schedules[method.train]
+        steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
+        lambdas = settings.lambda_cap, settings.lambda_ret
+        try:
+            history = train(strategy, method, batches, steps_per_epoch, schedule, partial, lambdas)
+        except FloatingPointError as error:
+            fail(f"{name}, seed {seed}: {error}. Try a lower --lr; finished runs are kept.")
+        if rank_and_world()[0] == 0:
+            about = {"base": clip.base, "weights": clip.weights, "classes": dataset.classes}
+            save(history, history_path(path))
+            save({"modules": strategy.state_dict(), **about}, path)
+            partial.unlink(missing_ok=True)
+        barrier()
+        clip.reset()
+    return load(path, "cpu")
+
+
+def prepare(settings, dataset, clip, name, seed, method, init, items):
+    """Return (Strategy, function epoch -> batches) of a method, with all that they need."""
+    source, schedule = settings.source, settings.schedules[method.train]
+    mappers = {}
+    if method.recipe:
+        mappers = load_synthesisers(settings, dataset, clip, method.recipe, seed, items)
+    captions = data.captions(dataset, items) if method.captions else ()
+    pairs = anchors.pairs_of(settings, dataset, clip, items) if method.retrieved else ()
+    z_all = None
+    if method.train in FROZEN_TOWERS:  # z, ẑ^1 … ẑ^K stay the same, so they are computed once
+        z = cached_features(clip, dataset, source, items, settings.cache).to(clip.device)
+        z_all = torch.stack([z, *(mapper(z) for mapper in mappers.values())])       # (K + 1, N, d)
+
+    classnames, templates = data.prompt_templates(dataset, source)
+    class_text = zero_shot_head(clip, classnames, templates)                                # (C, d)
     generator = torch.Generator().manual_seed(seed)
     scratch = torch.randn(class_text.shape, generator=generator) / class_text.shape[1] ** 0.5
-    init = init or config.init or ("scratch" if method.train in CACHED else "text")
-    start = class_text if init == "text" else scratch                  # rows of about unit norm
-    mappers = [
-        load_synthesiser(config, dataset, clip, method.recipe, domain, seed, items)
-        for domain in (dataset.styles(config.source) if method.recipe else ())
-    ]
-    if method.train == "lpft":  # the probe is trained first: LP-FT (arXiv 2202.10054)
-        linear = replace(method, train="linear")
-        probe = finetune(clip, dataset, config, f"{name}-probe", linear, seed, init)
-        start = probe.head.weight.data
-    schedule = config.schedules[method.train]
-    steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
-    captions = data.captions(dataset, items) if method.captions else ()
-    retrieved = load_retrieved(config, dataset, items) if method.retrieved else ()
-
-    z_all = None
-    if method.train in CACHED:  # nothing moves: z, ẑ^1 … ẑ^K are made once, (K + 1, N, d)
-        z = first_alone(lambda: cached_features(clip, dataset, config.source, config.run))(items)
-        z = z.to(clip.device)
-        z_all = torch.stack([z, *(mapper(z) for mapper in mappers)])
+    head_init = class_text if init == "text" else scratch                # rows of about unit norm
     if method.train == "linear":
-        learner = Linear(ce_step, clip, start)
+        strategy = LinearProbe(clip, head_init, mappers)
     elif method.train in PROMPTS:
-        kind = PROMPTS[method.train]
-        torch.manual_seed(seed)  # of the meta-net's start, the couplings'
-        vectors = kind.start(clip, dataset.meta.phrases[config.source], generator)
-        learner = kind(ce_step, clip, classnames, vectors, mappers)
-    elif method.train in ("full", "lpft"):
-        learner = Full(ce_step, clip, start, mappers, config.unlocked_groups)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of CoCoOp's meta-net and MaPLe's couplings
+            phrase = dataset.meta.phrases[source]
+            strategy = PROMPTS[method.train](clip, classnames, phrase, mappers, generator)
+    elif method.train == "full":
+        strategy = FullFinetuning(clip, head_init, mappers, settings.unlocked_groups)
+    elif method.train == "lpft":
+        job = f"{name}-probe", seed, *probe_of(settings, method)
+        probe = finetune(settings, dataset, clip, *job)
+        head_init = probe["modules"]["head.weight"]
+        strategy = FullFinetuning(clip, head_init, mappers, settings.unlocked_groups)
     elif method.train == "clipood":
-        steps = schedule.epochs * steps_per_epoch
-        learner = CLIPood(ce_step, clip, class_text, mappers, config.unlocked_groups, steps)
-    elif method.contrastive:
-        learner = Contrastive(contrastive_step, clip, mappers, config, dataset)
+        steps = schedule.epochs * math.ceil(len(items) / schedule.batch_size)
+        strategy = CLIPood(clip, class_text, steps, mappers, settings.unlocked_groups)
     else:
-        learner = Towers(ce_step, clip, mappers, config, dataset)
-    if not any(parameter.requires_grad for parameter in learner.parameters()):
-        fail(f"{name}: --unlocked-groups and --lock-text leave nothing of it to train.")
-    # what goes in, not what is computed from it, which differs in the last bits between machines
-    config_hash = short_hash(
-        config.id, asdict(method), seed, init, clip.fingerprint, stamps(items), captions,
-        [stamp[1:] for stamp in stamps(retrieved)],  # wherever the pool lies
-        [p for mapper in mappers for p in mapper.parameters()], classnames,
-        [template(classnames[0]) for template in templates],
-        data.class_texts(dataset, config.source),
+        tokens = clip.tokenizer(data.class_texts(dataset, source))                          # (C, L)
+        locks = settings.unlocked_groups, settings.lock_text
+        strategy = BothTowers(clip, tokens, mappers, *locks)
+    batches = training_batches(
+        clip, dataset, source, items, schedule, seed, method, z_all, captions, pairs
     )
-    path = checkpoint_path(config, name, seed)
-    batches = batches_of(clip, dataset, config, method, seed, items, z_all, captions, retrieved)
-    about = {
-        "base": clip.base, "weights": clip.weights, "fingerprint": clip.fingerprint,
-        "classes": dataset.classes,
-    }
-    fit(learner, batches, steps_per_epoch, schedule, path, config_hash, about)
-    return learner
+    return strategy, batches
+
+
+def finetune_all(settings, dataset, clip):
+    """Train every method with every seed; what is stored is not trained again."""
+    jobs = [(seed, name) for seed in range(settings.seeds) for name in settings.methods]
+    for seed, name in (bar := progress_bar(jobs, desc="finetuning", unit="run")):
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        try:
+            finetune(settings, dataset, clip, name, seed)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU has no such class
+            if not re.search("out of memory|allocate memory|not enough memory", str(error)):
+                raise
+            fail(out_of_memory(settings, name))
+
+
+def out_of_memory(settings, name):
+    """Return one line that names a remedy."""
+    train = settings.methods[name].train
+    size = settings.schedules[train].batch_size
+    rows = -(-size // rank_and_world()[1])  # of this rank
+    micro = min(settings.micro_batch or rows, rows) // 4
+    smaller = micro and train != "linear"
+    remedy = f"--micro-batch {micro}" if smaller else "a smaller --batch-size"
+    return f"{name}: out of memory at batch size {size}. Pass {remedy}; finished runs are kept."
 
 
 def main():
-    config, dataset = parse(__doc__)
-    world = ranks()[1]
-    clip = load_clip(config)
-    original = {k: v.clone() for k, v in clip.model.state_dict().items()}
-    jobs = [(seed, name) for seed in range(config.seeds) for name in config.methods]
-    for seed, name in (bar := progress(jobs, desc="finetuning", unit="run")):
-        bar.set_postfix_str(f"{name}, seed {seed}")
-        clip.model.load_state_dict(original)
-        try:
-            finetune(clip, dataset, config, name, config.methods[name], seed)
-        except FloatingPointError as error:
-            fail(f"{error}. Try a lower --lr; what is finished is kept.")
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU has no class for it
-            if not re.search("out of memory|allocate memory|not enough memory", str(error)):
-                raise
-            train = config.methods[name].train
-            size = config.schedules[train].batch_size
-            micro = min(config.micro_batch or size, -(-size // world)) // 4
-            micro = 0 if train == "linear" else micro
-            remedy = f"--micro-batch {micro}" if micro else "a smaller --batch-size"
-            fail(f"{name}: out of memory at batch size {size}. Say {remedy}; the rest is kept.")
+    settings, dataset = load_run(parse(__doc__))
+    clip = load_clip(settings)
+    print(describe(settings, dataset, clip.device))
+    finetune_all(settings, dataset, clip)
     leave()
 
 

@@ -1,28 +1,29 @@
-"""Step 1 of LDFS: mapper networks from features of source images to a domain known only by words.
+"""Step 1 of LDFS: mappers from features of source images to a domain known only by words.
 
-    python mapper.py pacs photo --methods lads ldfs ldfs:sigma=0      # see methods.py
+    python mapper.py pacs photo --methods lads ldfs ldfs:sigma=0      # see core/methods.py
 
-No image of a target domain is read here. Each mapper is written to runs/…/mappers/, and kept
-while it is what the same inputs would make.
+No image of a target domain is read here. Mappers are stored in runs/…/mappers/.
 """
 
-import contextlib
-from dataclasses import asdict
-from utils import fail, load_whole, only_one_process, short_hash, undamaged, write_atomically
+import copy
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
-from tqdm import tqdm
 
+import anchors
 import data
-from config import parse, refuse_other
-from distributed import side_by_side
-from features import cached_features, encode_texts, load_clip, stamps, zero_shot_head
+from core.artifacts import artifact, artifact_path, digest, stamps
+from core.config import parse
+from core.distributed import main_process_first, progress_bar
+from core.methods import parse_recipe, recipes_of
+from core.results import record
+from core.utils import fail
+from features import cached_features, encode_texts, load_clip, zero_shot_head
 from losses import class_consistency, local_adaptation, pairwise_relation, stochastic_text
-from methods import parse_recipe, recipes_of
-from report import results
+from sets.load import load_run
 
 
 class Mapper(nn.Module):
@@ -30,7 +31,7 @@ class Mapper(nn.Module):
 
     CHOICE: LADS's network, two linear layers of width 384 without a residual connection, so that
     the comparison is of losses alone; alternative: z + M(z), which starts at ẑ = z.
-    CHOICE: a mapper for each target domain; alternative: one, which is told the domain.
+    CHOICE: a mapper for each target domain; alternative: one that is told the domain.
     """
 
     def __init__(self, dim, width=384):
@@ -43,7 +44,7 @@ class Mapper(nn.Module):
 
 
 def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, generator):
-    """L_1 = L_ld + λ_pair L_pair + λ_cls L_cls, the loss of step 1 on one batch.
+    """Return the terms of L_1 = L_ld + λ_pair L_pair + λ_cls L_cls on one batch, by name.
 
     z: (B, d). labels: (B,). text_source, text_target: t_i^s, t_i^k, (B, d), of each image's caption
     or class. class_text: T, (C, d). All unit norm.
@@ -51,102 +52,125 @@ def ldfs_loss(mapper, z, labels, text_source, text_target, class_text, recipe, g
     """
     output = mapper(z, unit=False)                                                         # (B, d)
     z_hat = F.normalize(output, dim=-1)                                                    # (B, d)
-    # ε is drawn for source and target on their own: a shared one would cancel in the difference
+    # ε is drawn for source and target apart: a shared one would cancel in their difference
     t_s = stochastic_text(text_source, recipe.sigma, generator)                            # (B, d)
     t_k = stochastic_text(text_target, recipe.sigma, generator)                            # (B, d)
-    loss = local_adaptation(z, z_hat if recipe.unit else output, t_s, t_k)
+    losses = {"L_ld": local_adaptation(z, z_hat if recipe.unit else output, t_s, t_k)}
     if recipe.pair:
-        loss = loss + recipe.pair * pairwise_relation(z, z_hat, recipe.form)
+        losses["L_pair"] = recipe.pair * pairwise_relation(z, z_hat, recipe.form)
     if recipe.cls:  # LADS's class loss has no logit scale
-        loss = loss + recipe.cls * class_consistency(z_hat, class_text, labels, logit_scale=1)
-    return loss
+        losses["L_cls"] = recipe.cls * class_consistency(z_hat, class_text, labels, logit_scale=1)
+    return losses
 
 
-def new_mappers(count, dim, seed, device):
-    """A Mapper to call, and the weights of K = `count` mappers to call it with, {name: (K, …)}: all
-    start the same, as the seed says.
+def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_weight):
+    """Return the terms of L = ½ [ 1 − cos( M(z) − z, Δt ) ] + ½ CE( norm(M(z)) · Tᵀ, y ), by name.
+
+    This is LADS's mapper as published: the direction is that of the network's unnormalised output.
+    class_weight: (C,), inverse frequencies of the classes.
+    Source: LADS (Dunlap et al., ICLR 2023) and its public code.
     """
-    with torch.device("meta"):  # nn.Linear draws from the generator that all threads share
-        mapper = Mapper(dim)
-    mapper.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for layer in mapper.net[0], mapper.net[2]:
-        bound = layer.in_features**-0.5  # as nn.Linear starts
-        for p in layer.parameters():
-            nn.init.uniform_(p, -bound, bound, generator)
-    mapper.to(device)
-    start = {name: p.detach().expand(count, *p.shape) for name, p in mapper.named_parameters()}
-    return mapper, {name: p.clone().requires_grad_() for name, p in start.items()}
+    output = mapper(z, unit=False)                                                         # (B, d)
+    logits = F.normalize(output, dim=-1) @ class_text.T                                    # (B, C)
+    return {
+        "L_direction": local_adaptation(z, output, text_source, text_target) / 2,
+        "L_class": F.cross_entropy(logits, labels, class_weight) / 2,
+    }
 
 
-def target_losses(mapper, weights, text_targets, loss):
-    """(K,): loss(M_k, t^k) of every target, all at once by torch.vmap. text_targets: (K, B, d).
+@dataclass(frozen=True)
+class MapperSchedule:
+    """How a mapper is trained: `rounds` of a few batches by AdamW, with weight decay 0.05."""
 
-    z, labels and what else `loss` takes from where it stands are the same for all, as is what it
-    draws (ε): each mapper learns what it would learn alone.
-    """
-
-    def one(weights, text_target):
-        def m(z, **options):
-            return functional_call(mapper, weights, (z,), options)
-
-        return loss(m, text_target)
-
-    return torch.vmap(one, randomness="same")(weights, text_targets)
+    rounds: int
+    batch_size: int
+    lr: float
+    batches: int | None  # of a round; None: all images once, an epoch
+    cosine: bool         # the learning rate falls to 0 in a cosine; False: constant
+    best: bool           # keep the round with the lowest loss on validation images; False: the last
+    eps: float = 1e-8
 
 
-def frozen(weights):
-    """[M_1 … M_K] of their weights, {name: (K, …)}."""
-    width, dim = weights["net.0.weight"].shape[1:]
-    mappers = []
-    for values in zip(*weights.values()):
-        with torch.device("meta"):
-            mapper = Mapper(dim, width)
-        state = dict(zip(weights, (value.detach().clone() for value in values)))
-        mapper.load_state_dict(state, assign=True)
-        mappers.append(mapper.requires_grad_(False))
-    return mappers
+# CHOICE: LDFS's mapper takes 300 random batches of 128, a cosine schedule, lr 3e-3 and weight decay
+# 0.05 (both in the ranges LADS searches): L_1 on emoji's validation images is lowest there (600 and
+# 1,500 steps, or lr 1e-2, are higher), on PACS's it falls by another 1 % up to 1,500; alternative:
+# LADS's 50 epochs of 256 at a constant rate.
+# CHOICE: LADS's lr and weight decay are its base configuration's, because LADS searches them for
+# each data set; its AdamW is torch's; alternative: transformers', which LADS uses (ẑ agrees to a
+# cosine of 0.98, the validation loss to 0.1 %).
+SCHEDULES = {
+    "ldfs": MapperSchedule(300, 128, 3e-3, batches=1, cosine=True, best=False),
+    "lads": MapperSchedule(50, 256, 5e-3, batches=None, cosine=False, best=True, eps=1e-6),
+}
 
 
-def train_mappers(
-    z, labels, text_source, text_targets, class_text, recipe, seed=0, steps=300, batch_size=128
+def train_mapper(
+    z, labels, text_source, text_target, class_text, recipe, seed=0, rounds=None, val=None
 ):
-    """Train the mappers of K targets on (N, d) features of the source's training images.
+    """Train M_k on features of the source's training images; return (Mapper, history).
 
-    text_targets: K tensors t^k, (N, d); the rest, and the loss, as in `ldfs_loss`. Returns [M_1 …
-    M_K], frozen: at once they share batches, ε and the angles of z, and are what each would be if
-    trained alone, but for rounding, which training may amplify. Raises FloatingPointError at a loss
-    that is not finite.
-    CHOICE: AdamW, cosine schedule, 300 steps of 128, lr 3e-3, weight decay 0.05 (both in the ranges
-    LADS searches): L_1 on emoji's validation images is lowest there (600 and 1,500 steps, or lr
-    1e-2, are higher), on PACS's it falls by another 1 % up to 1,500; alternative: LADS's 50 epochs
-    of 256 at a constant rate.
+    z, text_source, text_target: (N, d), labels: (N,), class_text: (C, d), as in `ldfs_loss`.
+    rounds: instead of the schedule's. val: (z, labels, text_source, text_target) of validation
+    images, where the schedule keeps the best round; without it that is judged by the training loss.
+    history: each loss term's mean in each round, [{"L_ld": …}]. Raises FloatingPointError if the
+    loss is not finite.
     """
-    mapper, weights = new_mappers(len(text_targets), z.shape[1], seed, z.device)
-    generator = torch.Generator(z.device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(weights.values(), lr=3e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        i = torch.randperm(len(z), generator=generator, device=z.device)[:batch_size]
-        some = torch.stack([t[i] for t in text_targets])                                # (K, B, d)
-        loss = target_losses(mapper, weights, some, lambda m, t_k: ldfs_loss(
-            m, z[i], labels[i], text_source[i], t_k, class_text, recipe, generator
-        )).sum()  # of which M_k's gradient is that of its own loss
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return frozen(weights)
+    schedule = SCHEDULES[recipe.loss]
+    rounds = rounds or schedule.rounds
+    mapper = new_mapper(z.shape[1], seed).to(z.device)
+    generator = torch.Generator(z.device).manual_seed(seed)  # of batches and ε
+    if recipe.loss == "lads":
+        class_weight = 1 / labels.bincount(minlength=len(class_text)).clamp(min=1)
+        loss_fn = partial(lads_loss, class_text=class_text, class_weight=class_weight)
+    else:
+        loss_fn = partial(ldfs_loss, class_text=class_text, recipe=recipe, generator=generator)
+    optimizer = torch.optim.AdamW(
+        mapper.parameters(), schedule.lr, weight_decay=0.05, eps=schedule.eps, fused=True
+    )
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds)
+    history, best_loss, best = [], float("inf"), None
+
+    for number in (bar := progress_bar(range(rounds), desc="mapper", leave=False)):
+        order = torch.randperm(len(z), generator=generator, device=z.device)
+        batches, terms = order.split(schedule.batch_size)[:schedule.batches], []
+        for i in batches:
+            losses = loss_fn(mapper, z[i], labels[i], text_source[i], text_target[i])
+            loss = sum(losses.values())
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss is {loss.item()} in round {number}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            terms.append(torch.stack([*losses.values()]).detach())
+        if schedule.cosine:
+            cosine.step()
+        history.append(dict(zip(losses, torch.stack(terms).mean(0).tolist())))
+        bar.set_postfix(loss=f"{sum(history[-1].values()):.3f}", refresh=False)
+        if schedule.best:
+            judged = val if val and len(val[0]) else (z, labels, text_source, text_target)
+            with torch.no_grad():
+                val_loss = sum(loss_fn(mapper, *judged).values()).item()
+            if val_loss < best_loss:
+                best_loss, best = val_loss, copy.deepcopy(mapper.state_dict())
+
+    if schedule.best:
+        mapper.load_state_dict(best)
+    return mapper.requires_grad_(False), history
+
+
+def new_mapper(dim, seed):
+    """Return a Mapper whose start depends on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Mapper(dim)
 
 
 @torch.no_grad()
-def statistics(mapper, z, text_source, text_target, sigma, seed=0):
-    """What LDFS rests on: cosines, lengths on the unit sphere, angles in radians.
+def measure_mapper(mapper, z, text_source, text_target, sigma, seed=0):
+    """Return what LDFS depends on: {name: cosine, length on the unit sphere, or angle in radians}.
 
     |Δt|: mean length of the text directions. spread: mean cosine between two images' directions (1:
-    all the same). noise: cosine of noisy and clean direction, which tells whether σ has drowned it.
+    all are the same). noise: cosine of noisy and clean direction, which shows whether σ drowns it.
     follows: cosine of image shift and clean text direction. |Δz|: mean length of the image shift.
     angles: mean change of the angle between two images' features, L_pair.
     """
@@ -155,145 +179,139 @@ def statistics(mapper, z, text_source, text_target, sigma, seed=0):
     noisy_target = stochastic_text(text_target, sigma, generator)
     noisy = noisy_target - stochastic_text(text_source, sigma, generator)
     unit = F.normalize(delta_t, dim=-1)
-    n, some = len(z), slice(0, 2000)  # pairs are quadratic in number
+    n, first = len(z), slice(0, 2000)  # pairs are quadratic in number
     return {
         "|Δt|": delta_t.norm(dim=-1).mean().item(),
         "spread": ((unit.sum(0).square().sum() - n) / max(n * (n - 1), 1)).item(),
         "noise": F.cosine_similarity(noisy, delta_t, dim=-1).mean().item(),
         "follows": F.cosine_similarity(z_hat - z, delta_t, dim=-1).mean().item(),
         "|Δz|": (z_hat - z).norm(dim=-1).mean().item(),
-        "angles": pairwise_relation(z[some], z_hat[some]).item(),
+        "angles": pairwise_relation(z[first], z_hat[first]).item(),
     }
 
 
-def mapper_path(run, recipe_name, domain, seed):
-    return run / "mappers" / f"{recipe_name}-{domain}-seed{seed}.pt"
-
-
-def load_mapper(config, recipe_name, domain, seed, fingerprint, device="cpu", words=None):
-    """A trained Mapper, frozen; exits with status 2 if none has this CLIP and --mapper-steps."""
-    path = mapper_path(config.run, recipe_name, domain, seed)
-    if not path.exists():
-        fail(f"{path} is not there. Train it: mapper.py DATASET SOURCE --methods {recipe_name}")
-    with undamaged(path, "Remove it, and run mapper.py again."):
-        state = load_whole(path, device)
-        if state["fingerprint"] != fingerprint:
-            fail(f"{path} is for another model. Run mapper.py again, or name another --run.")
-        refuse_other(path, config, state.get("made_with", {}))
-        if words and words != state["words"]:
-            fail(f"{path}: captions or phrases were others then. Run mapper.py again.")
-        return frozen({name: w[None] for name, w in state["mapper"].items()})[0]
+# -------------------------------------------------------------------------------------------------
+# Load or train
 
 
 def steering_texts(dataset, direction, domain, items):
-    """What is said of each item in the words of `domain`, for a recipe's direction: N strings."""
+    """Return the text of each item in the words of `domain`, for a recipe's direction: N strings."""
     if direction == "caption":
         return data.caption_texts(dataset, domain, items)
     if direction == "class":
-        of_class = data.class_texts(dataset, domain)
-        return [of_class[label] for _, label in items]
+        class_texts = data.class_texts(dataset, domain)
+        return [class_texts[label] for _, label in items]
     return [dataset.meta.phrases[domain]] * len(items)
 
 
-def load_synthesiser(config, dataset, clip, recipe_name, domain, seed, items):
-    """What makes ẑ^k of z, both (N, d), of the source's `items`, frozen: M_k, or CLIPstyler's."""
-    if recipe_name == "clipstyler":
-        from clipstyler import Repainted  # here, for it imports from this file
+def neutral_prompts(dataset):
+    """Return LADS's class prompts, "a photo of a C" whatever the source: C strings."""
+    return [f"a photo of {data.article(name)}" for name in dataset.classnames]
 
-        return Repainted(config, dataset, clip, domain, seed, items)
-    recipe, items = parse_recipe(recipe_name), dataset.trainable(config.source)
-    said = [steering_texts(dataset, recipe.direction, d, items) for d in (config.source, domain)]
-    which = config, recipe_name, domain, seed, clip.fingerprint, clip.device
-    return load_mapper(*which, words=short_hash(*said))
+
+def mapper_path(settings, dataset, clip, recipe_name, domain, seed):
+    """Return where the mapper to `domain` is stored; the hash in its name covers all its inputs."""
+    recipe, source = parse_recipe(recipe_name), settings.source
+    used = ("train", "val") if SCHEDULES[recipe.loss].best else ("train",)
+    parts = [dataset.split(source, source, part, seed) for part in used]
+    classnames, templates = data.prompt_templates(dataset, source)
+    inputs = (
+        asdict(recipe), seed, settings.mapper_steps or SCHEDULES[recipe.loss].rounds, clip.key,
+        [stamps(items) for items in parts],
+        [steering_texts(dataset, recipe.direction, d, sum(parts, [])) for d in (source, domain)],
+        [template(name) for template in templates for name in classnames],
+        neutral_prompts(dataset) if recipe.loss == "lads" else (),
+    )
+    name = f"{recipe_name}-{domain}-seed{seed}".replace(" ", "_")
+    return artifact_path(settings.run / "mappers", name, inputs)
+
+
+def load_mappers(settings, dataset, clip, recipe_name, seed):
+    """Return {target domain: Mapper}, frozen; those that are not stored are trained first."""
+    mappers = {}
+    for domain, content in mapper_artifacts(settings, dataset, clip, recipe_name, seed).items():
+        width, dim = content["mapper"]["net.0.weight"].shape
+        mappers[domain] = Mapper(dim, width).to(clip.device).requires_grad_(False)
+        mappers[domain].load_state_dict(content["mapper"])
+    return mappers
+
+
+def mapper_artifacts(settings, dataset, clip, recipe_name, seed):
+    """Return {target domain: {"mapper": weights, "history", "measures"}}, from disk or trained."""
+    recipe, source = parse_recipe(recipe_name), settings.source
+    if recipe.direction == "caption":
+        anchors.caption_source(settings, dataset)
+    parts = [dataset.split(source, source, part, seed) for part in ("train", "val")]
+
+    def text_features(domain, items):
+        """Encode the texts of all the source's images once, for all seeds; return those of items."""
+        everything = dataset.trainable(source)
+        texts = steering_texts(dataset, recipe.direction, domain, everything)
+        memory = digest(texts)
+        if memory not in clip.cache:
+            clip.cache[memory] = encode_texts(clip, texts).to(clip.device)
+        row = {location: i for i, (location, _) in enumerate(everything)}
+        return clip.cache[memory][[row[location] for location, _ in items]]
+
+    def train(domain):
+        train, val = (
+            (
+                cached_features(clip, dataset, source, items, settings.cache).to(clip.device),
+                torch.tensor([label for _, label in items], device=clip.device),
+                text_features(source, items), text_features(domain, items),
+            )
+            for items in parts
+        )
+        if recipe.loss == "lads":
+            class_text = encode_texts(clip, neutral_prompts(dataset))
+        else:
+            class_text = zero_shot_head(clip, *data.prompt_templates(dataset, source))
+        try:
+            mapper, history = train_mapper(
+                *train, class_text.to(clip.device), recipe, seed, settings.mapper_steps, val
+            )
+        except FloatingPointError as error:
+            fail(f"{recipe_name}, {domain}: {error}. Check the images, or change the weights.")
+        measures = measure_mapper(mapper, train[0], *train[2:], recipe.sigma, seed)
+        return {
+            "mapper": mapper.cpu().state_dict(), "history": history, "measures": measures,
+            "n": len(train[0]),
+        }
+
+    def load_or_train(domain):
+        path = mapper_path(settings, dataset, clip, recipe_name, domain, seed)
+        return artifact(path, lambda: train(domain))
+
+    targets = dataset.styles(source)
+    return main_process_first(lambda: {domain: load_or_train(domain) for domain in targets})
+
+
+def train_all(settings, dataset, clip):
+    """Train the mappers of every recipe, seed and target that are not stored."""
+    names = [n for n, recipe in recipes_of(settings.methods).items() if recipe.loss != "clipstyler"]
+    jobs = [(name, seed) for seed in range(settings.seeds) for name in names]
+    for name, seed in (bar := progress_bar(jobs, desc="mappers", unit="recipe", leave=False)):
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        mapper_artifacts(settings, dataset, clip, name, seed)
+
+
+def mapper_records(settings, dataset, clip):
+    """Return records of `measure_mapper`, for the tables."""
+    names = [n for n, recipe in recipes_of(settings.methods).items() if recipe.loss != "clipstyler"]
+    return [
+        record(settings, "mapper", name, seed, content["measures"], content["n"], domain=domain)
+        for name in names for seed in range(settings.seeds)
+        for domain, content in mapper_artifacts(settings, dataset, clip, name, seed).items()
+    ]
 
 
 def main():
-    from lads import train_lads  # here, for it imports from this file
-
-    config, dataset = parse(__doc__)
-    only_one_process("mapper.py", "takes one process: run it without torchrun")
-    recipes = {k: v for k, v in recipes_of(config.methods).items() if k != "clipstyler"}
-    if not recipes:
-        return  # finetune, flyp and arf need no mapper, and clipstyler has networks of its own
-    source, targets = config.source, dataset.styles(config.source)
-    clip = load_clip(config)
-    features_of = cached_features(clip, dataset, source, config.run)
-    classnames, templates = data.prompt_templates(dataset, source)
-    class_text = zero_shot_head(clip, classnames, templates).to(clip.device)
-    class_prompts = [template(name) for template in templates for name in classnames]
-    everything = dataset.trainable(source)
-    row = {location: i for i, (location, _) in enumerate(everything)}
-    directions = {recipe.direction for recipe in recipes.values()}
-    words = {  # of every source image, in the domain's words
-        (direction, domain): steering_texts(dataset, direction, domain, everything)
-        for direction in directions for domain in (source, *targets)
-    }
-    texts = {key: encode_texts(clip, said).to(clip.device) for key, said in words.items()}  # t
-    neutral = [f"a photo of {data.article(name)}" for name in dataset.classnames]
-    lads_text = encode_texts(clip, neutral).to(clip.device)
-    z = features_of(everything).to(clip.device)
-    labels = torch.tensor([label for _, label in everything], device=clip.device)
-
-    states = {}  # (seed, recipe, target): what the mapper's file holds, or is to hold
-    splits, jobs = [], []  # jobs: (seed, recipe, targets whose mappers are missing)
-    for seed in range(config.seeds):
-        splits.append([dataset.split(source, source, part, seed) for part in ("train", "val")])
-        stamped = [*map(stamps, splits[seed])]
-        for name, recipe in recipes.items():
-            for domain in targets:
-                said = [words[recipe.direction, d] for d in (source, domain)]
-                state = {
-                    "config_hash": short_hash(
-                        asdict(recipe), seed, config.mapper_steps, clip.fingerprint,
-                        *stamped, *said, neutral, class_prompts,
-                    ),
-                    "fingerprint": clip.fingerprint, "words": short_hash(*said),
-                    "made_with": {
-                        k: getattr(config, k) for k in ("mapper_steps", "source", "shots")
-                    },
-                }
-                path = mapper_path(config.run, name, domain, seed)
-                with undamaged(path, "Remove it, and run mapper.py again."):
-                    there = load_whole(path) if path.exists() else state
-                    same = there["config_hash"] == state["config_hash"]
-                states[seed, name, domain] = there if same else state
-            missing = [domain for domain in targets if "mapper" not in states[seed, name, domain]]
-            jobs += [(seed, name, missing)] if missing else []
-
-    def train(job):
-        """[(M_k, its statistics)] of one job."""
-        seed, name, missing = job
-        recipe = recipes[name]
-        t_s, *t_k = (texts[recipe.direction, domain] for domain in (source, *missing))
-        rows = ([row[location] for location, _ in items] for items in splits[seed])
-        train, val = ((z[i], labels[i], t_s[i], [t[i] for t in t_k]) for i in rows)
-        length = "epochs" if recipe.loss == "lads" else "steps"
-        more = {length: config.mapper_steps} if config.mapper_steps else {}
-        if recipe.loss == "lads":
-            mappers = train_lads(train, val, lads_text, seed, **more)
-        else:
-            mappers = train_mappers(*train, class_text, recipe, seed, **more)
-        how = recipe.sigma, seed
-        return [(m, statistics(m, train[0], train[2], t, *how)) for m, t in zip(mappers, train[3])]
-
-    bar = tqdm(jobs, "mappers", unit="recipe", leave=False)  # of all its targets
-    with contextlib.closing(side_by_side(train, jobs, clip.device)) as done:
-        for seed, name, missing in bar:
-            bar.set_postfix_str(f"{name}, seed {seed}")
-            try:
-                made = next(done)
-            except FloatingPointError as error:
-                fail(f"{name}: {error}. Look at the features, or weigh the terms otherwise.")
-            for domain, (mapper, numbers) in zip(missing, made):
-                state = states[seed, name, domain]
-                state |= {"statistics": numbers, "mapper": mapper.cpu().state_dict()}
-                path = mapper_path(config.run, name, domain, seed)
-                write_atomically(path, lambda new: torch.save(state, new))
-    table = {
-        (name, domain): [states[seed, name, domain]["statistics"] for seed in range(config.seeds)]
-        for domain in targets for name in recipes
-    }
-    results.append_statistics(config, table, len(splits[-1][0]))
+    settings, dataset = load_run(parse(__doc__))
+    clip = load_clip(settings)
+    train_all(settings, dataset, clip)
+    for row in mapper_records(settings, dataset, clip):
+        measures = ", ".join(f"{name} {value:.3f}" for name, value in row["values"].items())
+        print(f"{row['method']} → {row['domain']}, seed {row['seed']}: {measures}")
 
 
 if __name__ == "__main__":

@@ -1,78 +1,81 @@
-"""Train the mini captioner, emoji/captioner, on the pool. Its architecture and its tokenizer are
-what lies there.
+"""Train the mini captioner, emoji/captioner, on the pool. That folder has its architecture and
+tokenizer.
 
     python -m emoji.pretrain_captioner
 
-It is a FastVLM: of the image-text-to-text models in transformers, one that sees through a
-convolutional tower. Here that starts as the mini CLIP's, which knows these pictures, and is trained
-along but for its first stages; a ViT, as BLIP-2 wants it, would have to learn to see from 15,000
-drawings.
+The captioner is a FastVLM, because that is the image-text-to-text model of transformers whose image
+tower is convolutional. The tower starts as the mini CLIP's, which knows such drawings, and is
+trained except for its first stages. A ViT, as in BLIP-2, cannot learn to see from 15,000 drawings.
 """
-
-from pathlib import Path
-from utils import ROOT, short_hash
 
 import open_clip
 import torch
 from transformers import AutoConfig, AutoProcessor, FastVlmForConditionalGeneration
 
-from config import Parser, number
+from core.artifacts import digest
+from core.utils import ROOT
 from data import article
 from emoji import draw
-from emoji.pretrain_clip import CLIP, augment, fit, pixels
+from emoji.packages import SOURCES, read_words
+from emoji.training import CLIP, augment, fit, make_parser, to_uint8
 
 CAPTIONER = ROOT / "emoji/captioner"
 
 
 def describe(word, class_of):
-    """What to say of a drawing: what kind of thing it is, and which: "a dessert, a doughnut".
+    """Return the kind of thing that a drawing shows, and the thing: "a dessert, a doughnut".
 
-    The kind first: more drawings tell of it, and what is said first is what a beam commits to.
+    The kind comes first, because more drawings show it, and beam search commits to the first words.
     """
-    label, kinds = draw.plain(word["label"]), draw.KINDS.get(word["subgroup"], [])[:1]
-    kinds = [class_of[word["key"]]] if word["key"] in class_of else kinds
-    return ", ".join(map(article, [*kinds, label]))
+    kinds = draw.KINDS.get(word["subgroup"], [])[:1]
+    if word["key"] in class_of:
+        kinds = [class_of[word["key"]]]
+    return ", ".join(map(article, [*kinds, draw.plain_label(word)]))
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of all data sets")
-    parser.add_argument("--epochs", type=number(int, 0), default=20, help="passes over the pool")
-    args = parser.parse_args()
+    args = make_parser(__doc__, epochs=20).parse_args()
     torch.manual_seed(0)
-    # The other artists' emoji alone: what the benchmark's five drew for the pool is of other things
-    # than the benchmark, and a captioner would learn that, too (whatever looks 3d is no bird); and
-    # game icons have names of their own kind.
-    others = draw.SOURCES.keys() - draw.DOMAINS.values() - {"game-icons"}
-    pairs = [pair for pair in draw.read_pool(args.data) if pair[0]["set"] in others]
-    class_of = draw.class_names(draw.read_words(args.data / ".downloads"))
-    images, texts = pixels(pairs), [describe(word, class_of) for word, _ in pairs]
+    # Only emoji by other artists than the benchmark's: what its five artists drew for the pool is
+    # in no class, and the captioner would learn that (whatever looks 3d is no bird). Without game
+    # icons, which have names of another kind.
+    sources = SOURCES.keys() - draw.DOMAINS.values() - {"game-icons"}
+    pairs = [pair for pair in draw.read_pool(args.data) if pair[0]["set"] in sources]
+    class_of = draw.class_names(read_words(args.data / ".downloads"))
+    images = to_uint8([image for _, image in pairs])
+    texts = [describe(word, class_of) for word, _ in pairs]
 
     captioner = FastVlmForConditionalGeneration(AutoConfig.from_pretrained(CAPTIONER)).float()
     tower = captioner.model.vision_tower
+    trunk = tower.timm_model
     clip = open_clip.create_model(f"local-dir:{CLIP}")
-    tower.timm_model.load_state_dict(clip.visual.trunk.state_dict())
+    trunk.load_state_dict(clip.visual.trunk.state_dict())
     captioner.to(memory_format=torch.channels_last)
     processor = AutoProcessor.from_pretrained(CAPTIONER)
-    whole = ["<image>" * 4 + text + "[END]" for text in texts]
-    read = processor.tokenizer(whole, padding=True, return_tensors="pt")
-    ids, mask = read["input_ids"], read["attention_mask"]
-    targets = ids.where((ids > 4) | (ids == 2), -100)  # words and the end
+    prompts = ["<image>" * 4 + text + "[END]" for text in texts]
+    tokens = processor.tokenizer(prompts, padding=True, return_tensors="pt")
+    ids = tokens["input_ids"]                                                          # (N, L)
+    mask = tokens["attention_mask"]
+    # The loss is that of the words and of the end (2), not of the other special tokens.
+    targets = ids.where((ids > 4) | (ids == 2), -100)
 
     def loss_of(batch, generator):
-        n, x = mask[batch].sum(1).max(), augment(images[batch], generator)
-        row = {"input_ids": ids, "attention_mask": mask, "labels": targets}
-        return captioner(pixel_values=x, **{k: v[batch, :n] for k, v in row.items()}).loss
+        length = mask[batch].sum(1).max()
+        return captioner(
+            pixel_values=augment(images[batch], generator),
+            input_ids=ids[batch, :length],
+            attention_mask=mask[batch, :length],
+            labels=targets[batch, :length],
+        ).loss
 
-    trunk = tower.timm_model
-    frozen = [trunk.conv_stem, trunk.bn1, *trunk.blocks[:2]]
-    seeing = {*tower.parameters()}
+    tower_parameters = set(tower.parameters())
     groups = [
-        {"params": [p for p in captioner.parameters() if p not in seeing], "lr": 2e-3},
-        {"params": [*seeing], "lr": 1e-3},
+        {"params": [p for p in captioner.parameters() if p not in tower_parameters], "lr": 2e-3},
+        {"params": list(tower.parameters()), "lr": 1e-3},
     ]
-    key = [args.epochs, texts, short_hash([*tower.state_dict().values()])]
+    frozen = [trunk.conv_stem, trunk.bn1, *trunk.blocks[:2]]
     folder = args.data / ".pretrain"
+    key = (texts, digest(*tower.state_dict().values()))
     fit("captioner", captioner, groups, len(texts), args.epochs, loss_of, folder, key, frozen)
     captioner.half().save_pretrained(CAPTIONER)
 

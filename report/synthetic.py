@@ -1,26 +1,32 @@
-"""Does L_ld beat a global direction where it should? Made-up features whose way to the target
-domain is known, and hangs on the image more and more:
+"""Does L_ld help more than a global direction where it should? An experiment on made-up features,
+whose direction to the target domain is known and depends on the image to a chosen degree:
 
     python -m report.synthetic
 """
 
+import statistics
+
 import torch
 import torch.nn.functional as F
 
+from core.methods import parse_recipe
 from losses import class_consistency
-from mapper import statistics, train_mappers
-from methods import parse_recipe
+from mapper import measure_mapper, train_mapper
 from report.tables import markdown, mean_and_deviation
 
 RECIPES = ["ldfs", "ldfs:direction=class"]
+DEGREES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SEEDS = 5
 
 
-def world(part, seed, n=400, d=64, classes=8, kinds=8):
-    """z, z_target (2n, d), labels, and {direction: (text_source, text_target)}; all unit norm.
+def make_features(degree, seed, n=400, d=64, classes=8, kinds=8):
+    """Return z, z_target (2n, d), labels (2n,), {direction: (text_source, text_target)} and the
+    classes' texts (C, d), all of unit norm.
 
     An image has a class and a kind (furry, metal …), which its caption names and its class prompt
-    does not. In the target domain it is moved along norm( (1 − part) g + part v_kind ): g is one
-    for all, v_kind points to a class, so that it is taken for that unless its kind is seen.
+    does not. In the target domain it is moved along norm((1 − degree) g + degree v_kind): g is the
+    same for all, v_kind points to a class, so that an image is taken for that class unless its kind
+    is known.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -33,7 +39,7 @@ def world(part, seed, n=400, d=64, classes=8, kinds=8):
     of_class, of_kind, g = draw(classes, d), draw(kinds, d), draw(1, d)
     labels = torch.randint(classes, (2 * n,), generator=generator)
     kind = torch.arange(2 * n) % kinds
-    move = 0.7 * F.normalize((1 - part) * g + part * of_class[:kinds], dim=-1)  # (kinds, d)
+    move = 0.7 * F.normalize((1 - degree) * g + degree * of_class[:kinds], dim=-1)     # (kinds, d)
     caption = F.normalize(of_class[labels] + of_kind[kind], dim=-1)
     z = near(caption, 0.5)
     texts = {
@@ -43,19 +49,22 @@ def world(part, seed, n=400, d=64, classes=8, kinds=8):
     return z, near(z + move[kind], 0.3), labels, texts, of_class
 
 
-def measure(part, seed):
-    """(spread of the captions' directions, {recipe: accuracy in the target domain}).
+def measure(degree, seed):
+    """Return (spread of the captions' directions, {method: accuracy in the target domain}).
 
-    "finetune" is a linear probe of the source alone, a recipe's one also of what its mapper makes.
+    "finetune" is a linear probe of source features alone; with a recipe, the probe is also trained
+    on the features that its mapper synthesises.
     """
-    z, z_target, labels, texts, class_text = world(part, seed)
-    n, found = len(z) // 2, {}
+    z, z_target, labels, texts, class_text = make_features(degree, seed)
+    n, accuracies = len(z) // 2, {}
     for name in ["finetune", *RECIPES]:
         train = [z[:n]]
         if name in RECIPES:
             recipe = parse_recipe(name)
-            t_s, t_k = (text[:n] for text in texts[recipe.direction])
-            [mapper] = train_mappers(z[:n], labels[:n], t_s, t_k[None], class_text, recipe, seed)
+            text_source, text_target = (text[:n] for text in texts[recipe.direction])
+            mapper, _ = train_mapper(
+                z[:n], labels[:n], text_source, text_target, class_text, recipe, seed
+            )
             train.append(mapper(z[:n]))
         head = torch.zeros_like(class_text).requires_grad_()
         optimizer = torch.optim.AdamW([head], lr=0.01)
@@ -65,20 +74,19 @@ def measure(part, seed):
             loss.backward()
             optimizer.step()
         right = (z_target[n:] @ head.T).argmax(1).eq(labels[n:])
-        found[name] = 100 * right.float().mean().item()
-    own = [text[:n] for text in texts["caption"]]
-    return statistics(mapper, z[:n], *own, 0.01)["spread"], found
+        accuracies[name] = 100 * right.float().mean().item()
+    captions = [text[:n] for text in texts["caption"]]
+    return measure_mapper(mapper, z[:n], *captions, 0.01)["spread"], accuracies
 
 
 def main():
     lines = []
-    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
-        spreads, found = zip(*(measure(part, seed) for seed in range(5)))
-        cells = [mean_and_deviation([one[name] for one in found]) for name in found[0]]
-        less = [one["ldfs"] - one["ldfs:direction=class"] for one in found]
-        lines.append([f"{sum(spreads) / 5:.2f}", *cells, mean_and_deviation(less)])
-    heads = ["spread", *found[0], "ldfs less direction=class"]
-    print(markdown(heads, lines))
+    for degree in DEGREES:
+        spreads, accuracies = zip(*(measure(degree, seed) for seed in range(SEEDS)))
+        cells = [mean_and_deviation([a[name] for a in accuracies]) for name in accuracies[0]]
+        less = [a["ldfs"] - a["ldfs:direction=class"] for a in accuracies]
+        lines.append([f"{statistics.mean(spreads):.2f}", *cells, mean_and_deviation(less)])
+    print(markdown(["spread", *accuracies[0], "ldfs less direction=class"], lines))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Data sets beyond what data.py reads: descriptions, ImageNet, tars, the Hugging Face hub."""
+"""Reading data sets: descriptions, image folders, webdataset shards, the Hugging Face hub."""

@@ -1,88 +1,136 @@
-"""Webdataset shards: tars of KEY.jpg and KEY.txt; evaluation sets in clip-benchmark's layout."""
+"""Webdataset shards: tars of KEY.jpg and KEY.txt; test sets in clip-benchmark's layout."""
 
 import json
+import posixpath
 import tarfile
 from dataclasses import replace
-from utils import fail, warn
 
-from data import Location
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from core.utils import fail, warn
+from data import IMAGE_SUFFIXES, Location, is_hidden
 
 
-def read_shard(path, text_ending="txt"):
-    """[(key, Location, text, json)] of a shard, and [name] of what in it cannot be used.
+def read_shard(path, text_suffix=".txt"):
+    """Return [(key, Location, text, json)] of a shard, and a list of what cannot be used.
 
-    An image is KEY.jpg, .png or .webp, its text KEY.txt (or another ending), what else is known of
-    it KEY.json (optional). Only tar headers, texts and JSON are read.
+    An image is KEY.jpg, .png …, its text KEY.txt (or another suffix), and what else is known of it
+    is KEY.json, if there is one. Suffixes are in upper or lower case. Only tar headers, texts and
+    JSON are read. Exits with status 2 if the disk cannot be read.
     """
-    images, texts, extras, bad, end = {}, {}, {}, [], 0
-    damage = "{}: what begins at byte {} (damaged header)"
+    images, texts, extras = {}, {}, {}
     try:
-        # tarfile takes a damaged header for the tar's end, unless it is to ignore zeros
+        members, skipped, damages = read_members(path)
+        with open(path, "rb") as file:
+            for name, member in members.items():
+                key, suffix = posixpath.splitext(name)
+                suffix = suffix.lower()
+                if suffix in IMAGE_SUFFIXES:
+                    place = member.offset_data, member.size
+                    images[key] = Location(str(path.parent), path.name, *place)
+                elif suffix == text_suffix:
+                    texts[key] = read_member(file, member).decode(errors="replace").strip()
+                elif suffix == ".json":
+                    try:
+                        extras[key] = json.loads(read_member(file, member))
+                    except (ValueError, RecursionError):
+                        damages.append(f"{name} (not JSON)")
+    except OSError as error:  # of the disk; the shard may be undamaged
+        fail(f"{path} cannot be read ({error.strerror}). Put it back, or check its permissions.")
+    reasons = {key: "no text" for key in images if not texts.get(key)}
+    reasons |= {key: "no image" for key in texts if key not in images}
+    reasons |= {posixpath.splitext(name)[0]: "not a file" for name in skipped}
+    damages += [f"{key} ({reason})" for key, reason in reasons.items()]
+    pairs = [
+        (key, location, texts[key], extras.get(key, {}))
+        for key, location in images.items() if texts.get(key)
+    ]
+    return pairs, [f"{path.name}: {damage}" for damage in damages]
+
+
+def read_member(file, member):
+    """Return the bytes of a tar's member, b"" if the tar is cut off in it."""
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    return content if len(content) == member.size else b""
+
+
+def read_members(path):
+    """Return {name: TarInfo} of a tar's files, a list of names that are no files, and of damages.
+
+    A link to a member stands for that member. Folders and hidden files are left out.
+    """
+    files, links, skipped, damages, end = {}, {}, [], [], 0
+    try:
+        # Without ignore_zeros, tarfile takes a damaged header for the end of the tar.
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
             for member in tar:
-                if member.offset > end and not tar.pax_headers:  # (they are no member)
-                    bad.append(damage.format(path.name, end))
+                if member.offset > end and not tar.pax_headers:  # pax headers are no members
+                    damages.append(f"what begins at byte {end} (damaged header)")
                 end = tar.offset
-                key, _, ending = member.name.rpartition(".")
-                if f".{ending}" in IMAGE_ENDINGS:
-                    at = member.offset_data, member.size
-                    images[key] = Location(str(path.parent), path.name, *at)
-                elif ending == text_ending:
-                    texts[key] = tar.extractfile(member).read().decode(errors="replace").strip()
-                elif ending == "json":
-                    try:
-                        extras[key] = json.loads(tar.extractfile(member).read())
-                    except ValueError:
-                        bad.append(f"{path.name}: {member.name} (not JSON)")
+                name = posixpath.normpath(member.name)
+                if member.isdir() or any(is_hidden(part) for part in name.split("/")):
+                    continue
+                if member.isreg():
+                    files[name] = member
+                elif member.issym() or member.islnk():
+                    folder = posixpath.dirname(name) if member.issym() else ""
+                    links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+                else:
+                    skipped.append(name)
             tar.fileobj.seek(end)
             if tar.fileobj.read().strip(b"\0"):
-                bad.append(damage.format(path.name, end))
-    except OSError as error:  # of the disk, not of the shard: it may be whole the next time
-        fail(f"{path} cannot be read ({error.strerror}). Put it back, or check its permissions.")
+                damages.append(f"what begins at byte {end} (damaged header)")
     except (tarfile.TarError, EOFError) as error:
-        bad.append(f"{path.name} after {len(images)} images ({error})")
-    bad += [f"{path.name}: {key} (no text)" for key in images if not texts.get(key)]
-    whole = [key for key in images if texts.get(key)]
-    return [(key, images[key], texts[key], extras.get(key, {})) for key in whole], bad
+        damages.append(f"what follows {len(files)} files ({error})")
+    files |= {name: files[target] for name, target in links.items() if target in files}
+    skipped += sorted(links.keys() - files.keys())
+    return files, skipped, damages
 
 
 def read_webdatasets(root, sets):
-    """{domain: items}, {domain: (classnames, templates)}, {absent domain: how to get it}.
+    """Return {domain: items}, {domain: (classnames, templates)}, {absent domain: how to get it}.
 
-    sets: {domain: {"folder" in root, "count" of test images, maybe "border", "by_hand"}}. A folder
-    holds test/0.tar … (KEY.webp, .jpg or .png with KEY.cls, a number), test/nshards.txt,
-    classnames.txt, zeroshot_classification_templates.txt.
-    Exits with status 2 where one is there, but not whole.
+    sets: {domain: {"folder" in root, "count" of test images, maybe "border", "by_hand"}}.
     """
     images, heads, absent = {}, {}, {}
     for domain, entry in sets.items():
         folder = root / entry["folder"]
         if not folder.is_dir():
-            fetched = f"fetched from clip-benchmark/{folder.name} by: python data.py imagenet"
-            absent[domain] = f"{folder} is not there; it is {entry.get('by_hand', fetched)}"
+            hub = f"fetched from clip-benchmark/{folder.name} by: python -m sets.load imagenet"
+            absent[domain] = f"{folder} does not exist; it is {entry.get('by_hand', hub)}"
             continue
-        try:
-            names = (folder / "classnames.txt").read_text().splitlines()
-            templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
-            n_shards = int((folder / "test/nshards.txt").read_text())
-        except (OSError, ValueError) as error:
-            fail(f"{folder} is not a webdataset of clip-benchmark ({error}). Fetch it again.")
-        pairs, bad = [], [] if templates else ["no templates"]
-        for shard in (folder / "test" / f"{n}.tar" for n in range(n_shards)):
-            found, damaged = read_shard(shard, "cls")
-            pairs += found
-            bad += damaged
-        nameless = [y for _, _, y, _ in pairs if not y.isdigit() or int(y) >= len(names)]
-        bad += [f"labels without a name, {y}" for y in nameless]
-        if bad or not pairs:
-            fail(f"{folder} is damaged: {[*bad, 'no images'][0]}. Fetch it again, or remove it.")
-        if len(pairs) != entry["count"]:
-            warn(f"{folder} holds {len(pairs)} test images, {entry['count']} are published")
-        # CHOICE: ObjectNet's red frame is cut off; alternative: leave it
+        names, templates, items = read_webdataset(folder)
+        if len(items) != entry["count"]:
+            warn(f"{folder} has {len(items)} test images, {entry['count']} are published")
+        # CHOICE: ObjectNet's red frame is cut off; alternative: keep it.
         border = entry.get("border", 0)
-        images[domain] = [(replace(at, border=border), int(y)) for _, at, y, _ in pairs]
-        # CHOICE: the templates that clip-benchmark gives to each set; alternative: one of ours
+        images[domain] = [(replace(location, border=border), y) for location, y in items]
+        # CHOICE: the templates that clip-benchmark gives each set; alternative: one of ours.
         heads[domain] = names, [template.replace("{c}", "{}") for template in templates]
     return images, heads, absent
+
+
+def read_webdataset(folder):
+    """Return (class names, templates, items) of one of clip-benchmark's sets.
+
+    The folder has test/0.tar … (KEY.webp, .jpg or .png with KEY.cls, a number), test/nshards.txt,
+    classnames.txt, zeroshot_classification_templates.txt. Exits with status 2 if the set is damaged
+    or incomplete.
+    """
+    try:
+        names = (folder / "classnames.txt").read_text("utf-8").splitlines()
+        templates = (folder / "zeroshot_classification_templates.txt").read_text("utf-8")
+        n_shards = int((folder / "test/nshards.txt").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{folder} is not a webdataset of clip-benchmark ({error}). Fetch it again.")
+    damages, items = [] if templates else ["no templates"], []
+    for n in range(n_shards):
+        pairs, unusable = read_shard(folder / "test" / f"{n}.tar", ".cls")
+        damages += unusable
+        for _, location, label, _ in pairs:
+            if label.isdigit() and int(label) < len(names):
+                items.append((location, int(label)))
+            else:
+                damages.append(f"labels without a name, {label}")
+    if damages or not items:
+        fail(f"{folder} is damaged: {[*damages, 'no images'][0]}. Fetch it again, or remove it.")
+    return names, templates.splitlines(), items

@@ -5,7 +5,6 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import runpy
 import socket
 import subprocess
@@ -22,7 +21,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, where th
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"cat": (220, 60, 60), "dog": (60, 200, 60), "red_house": (60, 60, 220)}
 DOMAINS = {"photo": "a photo", "sketch": "a sketch", "cartoon": "a cartoon"}
-PROGRAM = r"^exec python3 -uc '\n(.+?)' \"\$root\" (.*)\"\$@\"$"  # of a run script, and its first flags
 
 
 @pytest.fixture
@@ -149,23 +147,21 @@ def tiny_pool(tmp_path):
 def script(tmp_path, monkeypatch, capsys):
     """Run a script of the repository as python3 would: script("mapper.py", …) -> what it printed.
 
-    Of run_ldfs.sh and run_arf.sh their program. All in this process, which has imported torch,
-    open_clip and transformers; test_scripts.py starts a few for real.
+    run_ldfs.sh and run_arf.sh stand for the call of run.py in them. All runs in this process, which
+    has imported torch, open_clip and transformers; test_scripts.py starts a few shells for real.
     """
 
     def call(name, *arguments, code=0):
         monkeypatch.chdir(tmp_path)
         arguments, status = [*map(str, arguments)], 0
         capsys.readouterr()
+        if name.endswith(".sh"):
+            [line] = [x for x in (ROOT / name).read_text().splitlines() if x.startswith("exec ")]
+            flags = line.partition('run.py"')[2].split()[:-1]  # without "$@"
+            name, arguments = "run.py", [*flags, *arguments]
+        monkeypatch.setattr("sys.argv", [name, *arguments])
         try:
-            if name.endswith(".sh"):
-                [(program, flags)] = re.findall(PROGRAM, (ROOT / name).read_text(), re.M | re.S)
-                monkeypatch.setattr("sys.path", [*sys.path])
-                monkeypatch.setattr("sys.argv", ["-c", str(ROOT), *flags.split(), *arguments])
-                exec(program, {})
-            else:
-                monkeypatch.setattr("sys.argv", [name, *arguments])
-                runpy.run_path(str(ROOT / name), run_name="__main__")
+            runpy.run_path(str(ROOT / name), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
         done = subprocess.CompletedProcess(name, status, *capsys.readouterr())
@@ -178,7 +174,7 @@ def script(tmp_path, monkeypatch, capsys):
 def in_processes(n, target, *arguments):
     """Call target(*arguments) in n processes that find each other as those of torchrun do.
 
-    They are forked from a process that has imported what takes seconds.
+    They are forked from a server that has imported the packages that take seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -3,8 +3,8 @@
     python tests/hub.py FOLDER 8000 &
     HF_ENDPOINT=http://127.0.0.1:8000 HF_HOME=/tmp/hf bash run_ldfs.sh pacs photo
 
-It answers what huggingface_hub asks when it lists a repository or downloads a file, and no more;
-as the hub does it: lists come in pages, large files from another host, 401 for what is not there.
+It answers the requests by which huggingface_hub lists a repository or downloads a file, as the hub
+does: lists come in pages, large files from another host, and an unknown repository is a 401.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 COMMIT = "0" * 40
-PAGE = 3  # entries of a list
+PAGE = 3  # entries of a page of a list
 REPOSITORY = "/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
 
 
@@ -26,30 +26,30 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self, body=True):
         path, _, query = self.path.partition("?")
         path, query = unquote(path), parse_qs(query)
-        if asked := re.fullmatch(f"/other-host{REPOSITORY}/(?P<file>.+)", path):
-            return self.answer(self.find(asked).read_bytes(), body, {"ETag": '"of no use"'})
-        if asked := re.fullmatch(f"/api{REPOSITORY}(/revision/[^/]+)?", path):
-            if folder := self.find(asked):
+        if request := re.fullmatch(f"/other-host{REPOSITORY}/(?P<file>.+)", path):
+            return self.answer(self.find(request).read_bytes(), body, {"ETag": '"of no use"'})
+        if request := re.fullmatch(f"/api{REPOSITORY}(/revision/[^/]+)?", path):
+            if folder := self.find(request):
                 files = [f for f in folder.rglob("*") if f.is_file()]
                 siblings = [{"rfilename": f.relative_to(folder).as_posix()} for f in sorted(files)]
-                about = {"id": asked["name"], "sha": COMMIT, "siblings": siblings, "private": False}
+                about = {"id": request["name"], "sha": COMMIT, "siblings": siblings, "private": False}
                 return self.answer_json({**about, "tags": []}, body)
-        elif asked := re.fullmatch(f"/api{REPOSITORY}/tree/[^/]+(/(?P<file>.+))?", path):
-            if folder := self.find(asked):
+        elif request := re.fullmatch(f"/api{REPOSITORY}/tree/[^/]+(/(?P<file>.+))?", path):
+            if folder := self.find(request):
                 deep = query.get("recursive", [""])[0].lower() == "true"
                 entries = sorted(folder.rglob("*") if deep else folder.glob("*"))
                 start = int(query.get("cursor", ["0"])[0])
                 url = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
                 following = f'<{url}?recursive={deep}&cursor={start + PAGE}>; rel="next"'
                 headers = {"Link": following} if len(entries) > start + PAGE else {}
-                page = [self.entry(asked, entry) for entry in entries[start:start + PAGE]]
+                page = [self.entry(request, entry) for entry in entries[start:start + PAGE]]
                 return self.answer_json(page, body, headers)
         else:
             path = path if path.startswith("/datasets/") else f"/models{path}"
-            asked = re.fullmatch(f"{REPOSITORY}/resolve/[^/]+/(?P<file>.+)", path)
-            file = asked and self.find(asked)
+            request = re.fullmatch(f"{REPOSITORY}/resolve/[^/]+/(?P<file>.+)", path)
+            file = request and self.find(request)
             if file and file.is_file():
-                self.server.served.append(f"{asked['name']}/{asked['file']}")
+                self.server.served.append(f"{request['name']}/{request['file']}")
                 headers = {"ETag": f'"{sha256(file)}"', "X-Repo-Commit": COMMIT}
                 if is_small(file):
                     return self.answer(file.read_bytes(), body, headers)
@@ -57,19 +57,19 @@ class Handler(BaseHTTPRequestHandler):
                 place = f"http://localhost:{self.server.server_port}/other-host{path}"
                 place = re.sub("/resolve/[^/]+/", "/", place)
                 return self.answer(b"", body, {**headers, **linked, "Location": place}, 302)
-        if asked and self.find(asked, whole=False):  # the repository alone is there
+        if request and self.find(request, within=False):  # the repository exists, the file does not
             return self.answer(b"{}", body, {"X-Error-Code": "EntryNotFound"}, 404)
         headers = {"X-Error-Code": "RepoNotFound"}
         self.answer(b'{"error": "Invalid username or password."}', body, headers, 401)
 
-    def find(self, asked, whole=True):
-        """The repository, or the file or folder in it, that is asked for; None without."""
-        file = asked.groupdict().get("file") if whole else None
-        path = self.server.folder / asked["kind"] / asked["name"] / (file or "")
+    def find(self, request, within=True):
+        """Return the path of the repository, or of the file or folder within it; None if missing."""
+        file = request.groupdict().get("file") if within else None
+        path = self.server.folder / request["kind"] / request["name"] / (file or "")
         return path if path.exists() else None
 
-    def entry(self, asked, path):
-        repository = self.server.folder / asked["kind"] / asked["name"]
+    def entry(self, request, path):
+        repository = self.server.folder / request["kind"] / request["name"]
         name = path.relative_to(repository).as_posix()
         if path.is_dir():
             return {"type": "directory", "path": name, "size": 0, "oid": name}
@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, content, body, headers, status=200):
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if span and status == 200:  # a part, or a download that goes on
+        if span and status == 200:  # of a part, or of a download that continues
             first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
             status, size = 206, f"bytes {first}-{last}/{len(content)}"
             headers, content = {**headers, "Content-Range": size}, content[first:last + 1]
@@ -107,12 +107,12 @@ def sha256(path):
 
 
 def is_small(path):
-    """Whether the hub holds a file in git itself; others it sends for to another host."""
+    """Return whether the hub serves a file itself, from git, and not from another host."""
     return path.suffix in (".json", ".txt", ".md")
 
 
 class Hub(ThreadingHTTPServer):
-    """`served` lists the files that were asked for, as OWNER/NAME/file."""
+    """The server. `served` lists the files that were requested, as OWNER/NAME/file."""
 
     daemon_threads = True
 

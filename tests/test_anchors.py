@@ -1,15 +1,16 @@
-"""anchors.py: the BLIP-2 path with random weights, resuming, several processes, damaged shards,
-exact search, leaks.
+"""anchors.py: captions by a BLIP-2 of random weights, resumed and in several processes; exact search,
+damaged shards, duplicates, and test images that must not be retrieved.
 """
 
-import hashlib
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,68 +19,53 @@ from conftest import in_processes, square, write_shard
 from PIL import Image
 
 import anchors
-import batches
 import data
-from report import results
-from sets import folders
+import features
+from core.config import parse
+from core.utils import ROOT
+from sets.describe import read_meta
+from sets.load import load_dataset, load_run
 from sets.webdataset import read_shard
 
-ROOT = Path(__file__).resolve().parent.parent
 RED, BLUE = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # run folders that are not named come to lie here
-
-
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["anchors.py", *map(str, arguments)])
-    anchors.main()
-
-
-def refusal(capsys, *call_arguments):
-    with pytest.raises(SystemExit) as stop:
-        call(*call_arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip()
-
-
 # -------------------------------------------------------------------------------------------------
-# Captions
+# The captioner
 
 
 @pytest.fixture(scope="module")
 def blip2(tiny_blip2):
-    return anchors.load_captioner(tiny_blip2, torch.device("cpu"))
+    return features.load_captioner(tiny_blip2, torch.device("cpu"))
 
 
-def test_the_prompt_is_sliced_off(blip2):
-    """Against generate itself: OPT returns image tokens, start and prompt, then what it says."""
+def test_the_prompt_is_not_part_of_a_caption(blip2):
+    """Against generate itself: OPT returns image tokens, start and prompt, then its own words."""
     model, processor = blip2
     inputs = processor(images=[RED, BLUE], text=["a photo of"] * 2, return_tensors="pt")
     out = model.generate(**inputs, num_beams=5, max_new_tokens=6, do_sample=False)
     assert torch.equal(out[:, :8], inputs["input_ids"]) and out.shape[1] > 8
     expected = [c.strip() for c in processor.batch_decode(out[:, 8:], skip_special_tokens=True)]
-    got = anchors.caption_images(model, processor, [RED, BLUE], "a photo of", beams=5, max_tokens=6)
-    assert got == expected and got[0] != got[1] and not any(c.startswith("a photo of") for c in got)
+    captions = anchors.caption_images(model, processor, [RED, BLUE], "a photo of", beams=5, max_tokens=6)
+    assert captions == expected and captions[0] != captions[1]
+    assert not any(caption.startswith("a photo of") for caption in captions)
 
 
-def test_a_batch_says_what_each_image_alone_says(blip2):
+def test_captions_of_a_batch_are_those_of_each_image(blip2):
     model, processor = blip2
-    alone = [anchors.caption_images(model, processor, [x], max_tokens=6)[0] for x in (RED, BLUE)]
-    assert anchors.caption_images(model, processor, [RED, BLUE], max_tokens=6) == alone
+    one_by_one = [anchors.caption_images(model, processor, [x], max_tokens=6)[0] for x in (RED, BLUE)]
+    assert anchors.caption_images(model, processor, [RED, BLUE], max_tokens=6) == one_by_one
     assert processor.tokenizer.padding_side == "left"
 
 
-def test_a_blip2_from_before_its_image_token_says_the_same(blip2, tiny_blip2, tmp_path):
+def test_a_blip2_from_before_its_image_token_gives_the_same_captions(blip2, tiny_blip2, tmp_path):
     shutil.copytree(tiny_blip2, tmp_path / "old")
     for name, key in (("processor_config", "num_query_tokens"), ("config", "image_token_index")):
         file = tmp_path / "old" / f"{name}.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), key: None}))
-    old = anchors.load_captioner(str(tmp_path / "old"), torch.device("cpu"))
-    said = anchors.caption_images(*blip2, [RED, BLUE], max_tokens=6)
-    assert anchors.caption_images(*old, [RED, BLUE], max_tokens=6) == said
+    old = features.load_captioner(str(tmp_path / "old"), torch.device("cpu"))
+    expected = anchors.caption_images(*blip2, [RED, BLUE], max_tokens=6)
+    assert anchors.caption_images(*old, [RED, BLUE], max_tokens=6) == expected
 
 
 def test_prompts_of_unequal_length_are_padded_on_the_left(blip2):
@@ -90,348 +76,532 @@ def test_prompts_of_unequal_length_are_padded_on_the_left(blip2):
     assert mask[1, -2:].tolist() == [1, 1] and mask[1].sum() == mask[0].sum() - 2
 
 
-def test_the_committed_captioner_goes_through_the_same_code():
-    meta = folders.read_meta("emoji", "data")[1]
-    # a path of a description's is the repository's, wherever one stands
-    model, processor = anchors.load_captioner(meta.captioner, torch.device("cpu"))
+def test_the_committed_captioner_goes_through_the_same_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a path in a description is relative to the repository
+    _, meta = read_meta("emoji", "data")
+    model, processor = features.load_captioner(meta.captioner, torch.device("cpu"))
     [text] = anchors.caption_images(model, processor, [RED])
     assert text and "<image>" not in text and "[" not in text
 
 
-@pytest.mark.parametrize("text, does", [
+# -------------------------------------------------------------------------------------------------
+# captions.jsonl
+
+
+@pytest.fixture
+def path(tiny_data, tmp_path, monkeypatch):
+    """Return the path of the captions file of the tiny data set, which has captions by people."""
+    monkeypatch.chdir(tmp_path)
+    return tiny_data / "tiny" / "captions.jsonl"
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """says("word") replaces the captioner by one that says "word"; says(f) by f(images).
+
+    Returns a list to which the number of images of each batch is appended.
+    """
+
+    def replace(words):
+        batches = []
+
+        def caption(model, processor, images, *decoding):
+            batches.append(len(images))
+            return words(images) if callable(words) else [words] * len(images)
+
+        monkeypatch.setattr(anchors, "caption_images", caption)
+        return batches
+
+    monkeypatch.setattr(anchors, "load_captioner", lambda *arguments: (None, None))
+    return replace
+
+
+@pytest.fixture
+def caption(tiny_data):
+    """caption(flag, …) runs `anchors.py caption tiny photo` in this process; it returns the Dataset."""
+
+    def run(*flags, captioner=("--captioner", "a captioner")):
+        arguments = ["tiny", "photo", "--data", tiny_data, *captioner, *flags]
+        settings, dataset = load_run(parse("", [*map(str, arguments)]))
+        anchors.caption_source(settings, dataset)
+        print(anchors.caption_summary(settings, dataset))
+        return dataset
+
+    return run
+
+
+def rows_of(path):
+    """Return the rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def texts_of(dataset, domain="photo"):
+    """Return {path: caption as methods see it}."""
+    items = dataset.images[domain]
+    return dict(zip([location.path for location, _ in items], data.captions(dataset, items)))
+
+
+def test_a_line_is_appended_for_each_image_without_a_caption(path, tiny_data, caption, says, capsys):
+    before = path.read_text()
+    write_rows(path, [row for row in rows_of(path) if row["path"] != "photo/dog/3.png"])
+    head = path.read_text()
+    batches = says("new")
+    dataset = caption("--beams", 3, "--prompt", "a photo of")
+    assert batches == [1] and path.read_text().startswith(head) and path.read_text() != before
+    status = os.stat(tiny_data / "tiny" / "photo" / "dog" / "3.png")
+    assert rows_of(path)[-1] == {
+        "path": "photo/dog/3.png", "caption": "new",
+        "by": "a captioner, prompt 'a photo of', beam 3, 30 tokens",
+        "size": status.st_size, "time": status.st_mtime_ns,
+    }
+    assert texts_of(dataset)["photo/dog/3.png"] == "new"
+    assert "30 captions, 30 different, 29 not by a captioner" in capsys.readouterr().out
+
+
+def test_only_the_sources_images_are_captioned(path, caption, says):
+    path.unlink()
+    batches = says("new")
+    dataset = caption("--caption-batch", 8)
+    assert batches == [8, 8, 8, 6]
+    assert [row["path"] for row in rows_of(path)] == [at.path for at, _ in dataset.images["photo"]]
+
+
+def test_images_of_an_official_test_part_are_not_captioned(path, tiny_data, caption, says):
+    path.unlink()
+    (tiny_data / "tiny" / "photo_test.txt").write_text("photo/dog/3.png\nphoto/cat/1.png\n")
+    says("new")
+    caption()
+    written = {row["path"] for row in rows_of(path)}
+    assert len(written) == 28 and not written & {"photo/dog/3.png", "photo/cat/1.png"}
+
+
+def test_with_all_captions_the_file_stays_and_no_captioner_is_loaded(path, caption, monkeypatch, capsys):
+    monkeypatch.setattr(anchors, "load_captioner", lambda *arguments: pytest.fail("loaded"))
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    caption()
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_given_captioner_replaces_what_another_wrote_and_not_what_people_wrote(path, caption, says):
+    says("by the first")
+    write_rows(path, [row for row in rows_of(path) if row["path"].startswith("photo/dog")])
+    caption()
+    batches = says("by the second")
+    dataset = caption(captioner=[])  # none is asked for
+    assert not batches and set(texts_of(dataset).values()) >= {"by the first", "a dog number 0"}
+    dataset = caption(captioner=["--captioner", "another"])
+    texts = texts_of(dataset)
+    assert sum(batches) == 20 and sum(text == "by the second" for text in texts.values()) == 20
+    assert all(texts[f"photo/dog/{i}.png"] == f"a dog number {i}" for i in range(10))
+    caption(captioner=["--captioner", "another"])
+    assert sum(batches) == 20
+    caption("--beams", 2, captioner=["--captioner", "another"])
+    assert sum(batches) == 40
+
+
+def test_flags_that_change_no_caption_are_named(path, caption, says, capsys):
+    path.unlink()
+    says("words")
+    caption()
+    capsys.readouterr()
+    caption(captioner=[])
+    assert "warning" not in capsys.readouterr().err
+    caption("--beams", 2, captioner=[])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "30 captions existed before" in line and "--beams" in line
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_an_image_that_changes_is_captioned_anew(path, tiny_data, caption, says, change):
+    """… unless a person has written its caption."""
+    rows = rows_of(path)
+    write_rows(path, [row for row in rows if row["path"] == "photo/dog/1.png"])
+    says("first")
+    caption()
+    for name in ("1.png", "2.png"):
+        image = tiny_data / "tiny" / "photo" / "dog" / name
+        status = image.stat()
+        if change == "size":
+            image.write_bytes(square(200, 40))
+            os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+        else:
+            os.utime(image, ns=(0, status.st_mtime_ns + 1))
+    with pytest.raises(SystemExit):  # its caption is of another image
+        texts_of(load_dataset("tiny", tiny_data))
+    batches = says("second")
+    texts = texts_of(caption())
+    assert batches == [1] and texts["photo/dog/2.png"] == "second"
+    assert texts["photo/dog/1.png"] == "a dog number 1"
+
+
+def test_captions_go_into_the_file_that_is_named(path, tmp_path, caption, says):
+    before, own = path.read_text(), tmp_path / "folder" / "own.jsonl"
+    says("new")
+    dataset = caption("--captions", own)
+    assert {row["caption"] for row in rows_of(own)} == {"new"} and path.read_text() == before
+    assert set(texts_of(dataset).values()) == {"new"}
+
+
+def test_empty_and_repeated_captions_are_stored_and_replaced_when_read(
+    path, tiny_data, caption, says, capsys
+):
+    """By the class prompt, which follows a new phrase. A person's caption is taken as it is."""
+    rows = rows_of(path)
+    rows[0]["caption"] = "a dog a dog a dog"  # of photo/cat/0.png, by a person
+    write_rows(path, rows[:1])
+    words = iter(["", "red, red, red", *(f"fine {i}" for i in range(27))])
+    batches = says(lambda images: [next(words) for _ in images])
+    texts = texts_of(caption())
+    names = [f"photo/cat/{i}.png" for i in range(4)]
+    prompt = "a photo of a cat"
+    assert [texts[name] for name in names] == ["a dog a dog a dog", prompt, prompt, "fine 0"]
+    assert "the class prompt replaces 2 that are empty or repeat themselves" in capsys.readouterr().out
+    assert [row["caption"] for row in rows_of(path)[:4]] == ["a dog a dog a dog", "", "red, red, red", "fine 0"]
+
+    description = tiny_data / "tiny" / "dataset.json"
+    description.write_text(description.read_text().replace("a photo", "a picture"))
+    texts = texts_of(caption())  # no image is captioned again
+    assert texts["photo/cat/1.png"] == "a picture of a cat" and len(batches) == 1
+
+
+def test_an_empty_caption_by_a_person_is_filled_in(path, caption, says):
+    rows = rows_of(path)
+    rows[1]["caption"] = "  "
+    write_rows(path, rows)
+    says("new")
+    assert texts_of(caption())[rows[1]["path"]] == "new"
+
+
+@pytest.mark.parametrize("text, expected", [
     ("a cat a cat a cat", True), ("red, red, red", True), ("a cat and a cat", False),
     ("a b c", False), ("ha ha house", False),
 ])
-def test_repeats_itself(text, does):
-    assert anchors.repeats_itself(text) == does
+def test_repeated_words(text, expected):
+    assert data.repeats_itself(text) == expected
 
 
-def captions_of(tiny_data):
-    rows = data.read_captions(tiny_data / "tiny" / "captions.jsonl")
-    return {path: row["caption"] for path, row in rows.items()}
+@pytest.mark.parametrize("tail", ['{"path": "photo/d', '{"path": "photo/dog/9.png", "caption": "ä'.encode()[:-1]])
+def test_half_a_row_of_a_killed_run_is_removed(path, caption, says, tail):
+    """… and its image is captioned, as is every other without a caption."""
+    rows = [row for row in rows_of(path) if row["path"] != "photo/dog/9.png"]
+    write_rows(path, rows)
+    with open(path, "ab") as file:
+        file.write(tail if isinstance(tail, bytes) else tail.encode())
+    batches = says("new")
+    dataset = caption()
+    assert batches == [1] and texts_of(dataset)["photo/dog/9.png"] == "new"
+    assert rows_of(path)[:-1] == rows and path.read_text().endswith("\n")
 
 
-def test_captions_of_the_source_resume_after_a_kill(tiny_data, tiny_blip2, monkeypatch, capsys):
-    """A killed run left whole lines and half a line; what is there is not said again, and the
-    outcome is the same.
-    """
-    path = tiny_data / "tiny" / "captions.jsonl"
-    common = ["caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2]
-    common += ["--caption-batch", 4, "--max-tokens", 5]
+def test_a_row_without_a_line_end_stays(path, caption, says):
+    rows = rows_of(path)
+    write_rows(path, rows[:-1])
+    path.write_text(path.read_text() + json.dumps(rows[4]))  # as an editor may leave it
+    before = rows_of(path)
+    says("new")
+    (path.parent / "photo" / "dog" / "new.png").write_bytes(square(1))
+    caption()
+    assert rows_of(path)[:-1] == before and rows_of(path)[-1]["path"] == "photo/dog/new.png"
+
+
+def test_a_killed_captioner_goes_on_after_its_last_batch(path, caption, says):
     path.unlink()
-    call(monkeypatch, *common)
-    whole = captions_of(tiny_data)
-    photos = data.load("tiny", tiny_data).images["photo"]
-    assert sorted(whole) == [location.path for location, _ in photos]  # no target image was read
 
-    path.unlink()
-    said, true_call = [], anchors.caption_images
-
-    def dies(model, processor, images, *rest):
-        if len(said) == 3:
+    def dies(images):
+        if len(batches) == 3:
             raise KeyboardInterrupt
-        said.append(len(images))
-        return true_call(model, processor, images, *rest)
+        return ["first"] * len(images)
 
-    monkeypatch.setattr(anchors, "caption_images", dies)
+    batches = says(dies)
     with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, *common)
-    assert not path.exists()
-    [part] = path.parent.glob(".captions.jsonl.part*")
-    part.write_text(part.read_text() + '{"path": "photo/d')
-    monkeypatch.setattr(
-        anchors, "caption_images", lambda *a: said.append(len(a[2])) or true_call(*a)
-    )
-    call(monkeypatch, *common)
-    assert captions_of(tiny_data) == whole and sum(said) == 30 and not part.exists()
-    # a run script goes on for hours: others may caption
-    assert path.with_name(".captions.jsonl.lock") not in anchors.utils.LOCKS
-    stamp = path.stat().st_mtime_ns
-    call(monkeypatch, *common)
-    assert path.stat().st_mtime_ns == stamp and sum(said) == 30
+        caption("--caption-batch", 4)
+    assert len(rows_of(path)) == 8
+    batches = says("second")
+    caption("--caption-batch", 4)
+    assert sum(batches) == 22
+    assert [row["caption"] for row in rows_of(path)] == ["first"] * 8 + ["second"] * 22
 
 
-def test_captions_of_other_origin_stay_and_another_captioners_are_made_again(
-    tiny_data, tiny_blip2, monkeypatch, capsys
-):
-    path = tiny_data / "tiny" / "captions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0]["by"], rows[1]["caption"] = "another captioner", " "
-    data.write_rows(path, [row for row in rows if row["path"] != "photo/dog/3.png"])
-    monkeypatch.setattr(anchors, "caption_images", lambda m, p, images, *_: ["new"] * len(images))
-    call(monkeypatch, "caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2)
-    new = {path for path, caption in captions_of(tiny_data).items() if caption == "new"}
-    assert new == {rows[0]["path"], rows[1]["path"], "photo/dog/3.png"}
-    assert "27 not by a captioner" in capsys.readouterr().out
+def test_class_folders_with_decomposed_letters_are_captioned_once(path, tiny_data, caption, says):
+    """macOS stores "é" as two characters; captions name images in any form."""
+    for domain in ("photo", "sketch", "cartoon"):
+        folder = tiny_data / "tiny" / domain
+        (folder / "dog").rename(folder / unicodedata.normalize("NFD", "chién"))
+    batches = says("new")
+    caption()
+    texts = texts_of(caption())
+    assert sum(batches) == 10 and sum(text == "new" for text in texts.values()) == 10
 
 
-def test_an_image_that_changes_is_captioned_anew(tiny_data, tiny_blip2, monkeypatch):
-    """… but for a caption that people wrote."""
-    path, images = tiny_data / "tiny" / "captions.jsonl", tiny_data / "tiny" / "photo" / "dog"
-    people = captions_of(tiny_data)["photo/dog/1.png"]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    data.write_rows(path, [row for row in rows if row["path"] == "photo/dog/1.png"])
-    for word in ("first", "second"):
-        monkeypatch.setattr(anchors, "caption_images", lambda m, p, images, *_, w=word: [w] * len(images))
-        call(monkeypatch, "caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2)
-        for name in ("1.png", "2.png"):
-            (images / name).write_bytes(square(200, 40))
-    new = {path for path, caption in captions_of(tiny_data).items() if caption == "second"}
-    assert new == {"photo/dog/2.png"} and captions_of(tiny_data)["photo/dog/1.png"] == people
-
-
-def test_without_a_captioner_asked_for_all_captions_stay(tiny_data, monkeypatch, capsys):
-    path = tiny_data / "tiny" / "captions.jsonl"
-    before = path.read_text().replace('"}', '", "by": "a better captioner, beam 9"}')
-    path.write_text(before)
-    common = ["caption", "tiny", "photo", "--data", tiny_data]
-    call(monkeypatch, *common)  # BLIP-2 is not even loaded
-    assert path.read_text() == before and "warning" not in capsys.readouterr().err
-    call(monkeypatch, *common, "--beams", 2)
-    [said] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "--beams" in said and "30 captions" in said and path.read_text() == before
-
-
-def test_captions_go_into_the_file_that_is_named(tiny_data, tiny_blip2, monkeypatch):
-    before, path = captions_of(tiny_data), tiny_data / "mine.jsonl"
-    monkeypatch.setattr(anchors, "caption_images", lambda m, p, images, *_: ["new"] * len(images))
-    common = ["caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2]
-    call(monkeypatch, *common, "--captions", path)
-    assert {row["caption"] for row in data.read_captions(path).values()} == {"new"}
-    assert captions_of(tiny_data) == before
-
-
-def test_nothing_is_done_for_methods_that_need_nothing(tiny_data, monkeypatch):
-    (tiny_data / "tiny" / "captions.jsonl").unlink()
-    common = ["tiny", "photo", "--data", tiny_data, "--methods"]
-    call(monkeypatch, "caption", *common, "finetune", "lads")
-    call(monkeypatch, "retrieve", *common, "flyp+captions", "--pool", "/nowhere")
-    assert not (tiny_data / "tiny" / "captions.jsonl").exists()
-
-
-def test_empty_and_repeated_captions_are_the_class_prompt_and_counted(
-    tiny_data, tiny_blip2, monkeypatch, capsys
-):
-    (tiny_data / "tiny" / "captions.jsonl").unlink()
-    said = iter(["", "a dog a dog a dog", *["fine"] * 28])
-    monkeypatch.setattr(
-        anchors, "caption_images", lambda m, p, images, *rest: [next(said) for _ in images]
-    )
-    call(monkeypatch, "caption", "tiny", "photo", "--data", tiny_data, "--captioner", tiny_blip2)
-    got = [captions_of(tiny_data)[f"photo/cat/{i}.png"] for i in range(3)]
-    assert got == ["a photo of a cat", "a photo of a cat", "fine"]
-    counts = "the class prompt instead of 2 that were empty or repeated themselves"
-    assert counts in capsys.readouterr().out
-
-
-def as_script(*arguments):
-    sys.argv = ["anchors.py", *map(str, arguments)]
-    anchors.main()
-
-
-def test_two_processes_write_what_one_writes(
-    tiny_data, tiny_pool, tiny_clip, tiny_blip2, tmp_path, monkeypatch
-):
-    """The same captions.jsonl, the same retrieved pairs; and torchrun finds all as it is."""
-    path = tiny_data / "tiny" / "captions.jsonl"
+@pytest.mark.parametrize("batch", [2, 32])
+def test_captions_on_a_full_disk_are_stored_up_to_the_last_line(path, tiny_data, caption, says, capsys, batch):
+    """… also if the last batch is the one that does not fit."""
     path.unlink()
-    common = ["tiny", "photo", "--data", tiny_data]
-    write = ["caption", *common, "--captioner", tiny_blip2]
-    write += ["--caption-batch", 4, "--max-tokens", 5]
-    find = ["retrieve", *common, "--model", tiny_clip, "--pool", tiny_pool]
-    find += ["--same", 0.99999, "--k", 2, "--run"]
-    call(monkeypatch, *write)
-    call(monkeypatch, *find, tmp_path / "one" / "run")
-    one = path.read_text()
+    says("w")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            caption("--caption-batch", batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"{path}: could not be written (" in line
+    stored = data.read_captions(path)
+    assert 3 < len(stored) < 7
+    assert [len(row) for row in stored.values()] == [5] * len(stored)
+    batches = says("w")
+    caption()
+    assert sum(batches) == 30 - len(stored)
+
+
+def test_an_image_that_cannot_be_read_is_named(path, tiny_data, caption, says, capsys):
     path.unlink()
-    anchors.utils.LOCKS.clear()  # as if this process had ended
-    in_processes(2, as_script, *write)
-    in_processes(2, as_script, *find, tmp_path / "two" / "run")
-    assert path.read_text() == one
-    pairs = Path("run", "retrieved.jsonl")
-    assert (tmp_path / "one" / pairs).read_text() == (tmp_path / "two" / pairs).read_text()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--", ROOT / "anchors.py", *write]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stdout.count("30 captions") == 1, done.stderr
+    (tiny_data / "tiny" / "photo" / "dog" / "3.png").write_bytes(b"broken")
+    says("new")
+    with pytest.raises(SystemExit) as stop:
+        caption()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "photo/dog/3.png: not a readable image" in line
 
 
-def test_a_captioner_that_is_not_there_is_one_line(tiny_data, monkeypatch, capsys):
-    (tiny_data / "tiny" / "captions.jsonl").unlink()
-    common = ["caption", "tiny", "photo", "--data", tiny_data]
-    said = refusal(capsys, monkeypatch, *common, "--captioner", "/nowhere")
-    assert "--captioner /nowhere: could not be loaded" in said.splitlines()[-1]
+def test_a_captioner_that_does_not_exist_is_one_line(path, script, tiny_data):
+    path.unlink()
+    done = script("anchors.py", "caption", "tiny", "photo", "--data", tiny_data, "--captioner", "/nowhere", code=2)
+    assert "--captioner /nowhere: could not be loaded" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["captions", "tiny"], ["--help"]])
+def test_the_script_needs_the_name_of_a_stage(script, arguments):
+    assert "anchors.py caption|retrieve" in script("anchors.py", *arguments, code=2).stderr
 
 
 # -------------------------------------------------------------------------------------------------
 # Retrieval
 
 
-def test_faiss_finds_what_a_matrix_product_finds_and_shards_do_not_matter():
+def test_the_search_is_exact_and_shards_do_not_matter():
     generator = torch.Generator().manual_seed(0)
-    pool, many = (F.normalize(torch.randn(n, 24, generator=generator), dim=1) for n in (1000, 600))
-    expected = (many @ pool.T).topk(7)
-    for queries in (many, many[:50]):  # by FAISS, and by a product
-        scores, ids = anchors.search(queries, [pool], 7)
-        assert torch.equal(ids, expected.indices[:len(queries)])
-        assert torch.allclose(scores, expected.values[:len(queries)], atol=1e-6)
+    pool, queries = (F.normalize(torch.randn(n, 24, generator=generator), dim=1) for n in (1000, 600))
+    expected = (queries @ pool.T).topk(7)
+    for few in (queries, queries[:50]):
+        scores, ids = anchors.search(few, [pool], 7)
+        assert torch.equal(ids, expected.indices[:len(few)])
+        assert torch.allclose(scores, expected.values[:len(few)], atol=1e-6)
         for parts in (pool.split(90), [pool[:3], pool[3:3], pool[3:]]):
-            assert torch.equal(anchors.search(queries, parts, 7)[1], ids)
-        assert anchors.search(queries, [pool[:3], pool[3:5]], 7)[1].shape == (len(queries), 5)
+            assert torch.equal(anchors.search(few, parts, 7)[1], ids)
+        assert anchors.search(few, [pool[:3], pool[3:5]], 7)[1].shape == (len(few), 5)
 
 
-def test_what_is_damaged_is_skipped_and_named(tmp_path):
+def test_what_is_damaged_in_a_shard_is_left_out_and_named(tmp_path):
     path = tmp_path / "00000.tar"
     members = {"a.png": square(0), "a.txt": b"a", "b.jpg": b"broken", "b.txt": b"b"}
     members |= {"c.png": square(1), "d.txt": b"no image", "e.png": square(2), "e.txt": b"e"}
     write_shard(path, {**members, "e.json": b"{", "f.png": square(3), "f.txt": b"f"})
-    pairs, bad = read_shard(path)
+    pairs, damages = read_shard(path)
     assert [key for key, *_ in pairs] == ["a", "b", "e", "f"]
-    assert len(bad) == 2 and "e.json" in bad[0] and "00000.tar: c (no text)" in bad[1]
+    assert any("e.json" in line for line in damages)
+    assert any("00000.tar: c (no text)" in line for line in damages)
     with tarfile.open(path) as tar:
         header, offset = tar.getmember("b.jpg").offset, tar.getmember("f.png").offset_data
-    whole = path.read_bytes()
+    content = path.read_bytes()
     # tarfile would take this for the end
-    path.write_bytes(whole[:header] + b"?" * 512 + whole[header + 512:])
-    pairs, bad = read_shard(path)
+    path.write_bytes(content[:header] + b"?" * 512 + content[header + 512:])
+    pairs, damages = read_shard(path)
     assert [key for key, *_ in pairs] == ["a", "e", "f"]
-    assert any(f"byte {header} (damaged header)" in name for name in bad)
-    path.write_bytes(whole[:offset + 20])  # a download that broke off
-    pairs, bad = read_shard(path)
+    assert any(f"byte {header} (damaged header)" in line for line in damages)
+    path.write_bytes(content[:offset + 20])  # a download that broke off
+    pairs, damages = read_shard(path)
     assert [key for key, *_ in pairs] == ["a", "b", "e"]
-    assert any("00000.tar after" in name for name in bad)
-
-
-def retrieved(run):
-    """{text: row} of a run's retrieved pairs."""
-    _, *rows = map(json.loads, (run / "retrieved.jsonl").read_text().splitlines())
-    return {row["text"]: row for row in rows}
+    assert any("00000.tar" in line and "what follows" in line for line in damages)
 
 
 @pytest.fixture
-def find(tiny_data, tiny_pool, tiny_clip, tmp_path):
-    """The command that retrieves for tiny's photos, into tmp_path / "run"."""
-    command = ["retrieve", "tiny", "photo", "--data", tiny_data, "--model", tiny_clip]
-    # to random weights all images are much alike
-    return [*command, "--pool", tiny_pool, "--run", tmp_path / "run", "--same", 0.99999]
+def retrieve(tiny_data, tiny_pool, tiny_clip, tmp_path, monkeypatch):
+    """retrieve(flag, …) retrieves pairs for tiny's photos; it returns (content, settings, dataset, clip).
+
+    To random weights all images are much alike, so that test images are told by a cosine near 1.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        common = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--pool", tiny_pool]
+        common += ["--run", tmp_path / "runs" / "run", "--same", 0.99999]
+        settings, dataset = load_run(parse("", [*map(str, [*common, *flags])]))
+        clip = features.load_clip(settings)
+        return anchors.retrieve_pairs(settings, dataset, clip), settings, dataset, clip
+
+    return run
 
 
-def test_retrieval_keeps_benchmark_images_and_duplicates_out(
-    tiny_data, tiny_pool, find, tmp_path, monkeypatch, capsys
-):
-    """The pool holds a photo and a sketch of the benchmark, one image twice, and no image."""
-    dogs = [tiny_data / "tiny" / domain / "dog" / "3.png" for domain in ("photo", "sketch")]
-    photo, sketch = (path.read_bytes() for path in dogs)
-    extra = {"leak.png": photo, "leak.txt": b"a leak", "other.png": sketch, "other.txt": b"a leak"}
-    extra |= {"bad.png": b"?", "bad.txt": b"bad", "twice.png": square(0), "twice.txt": b"again"}
-    write_shard(tiny_pool / "00002.tar", extra)
-    call(monkeypatch, *find, "--k", 43)
-    out, err = capsys.readouterr()
-    assert "damaged: 00002.tar: bad (not a readable image)" in err
-    assert "43 available, 1 damaged" in out
-    found = retrieved(tmp_path / "run")
-    assert "a leak" not in found and "again" not in found and "a thing 0000" in found
-    rows = {row["measure"]: row["value"] for row in results.read(tmp_path / "run")}
-    assert rows["available"] == 43 and rows["damaged"] == 1
-    assert rows["retrieved"] == len(found) == 40
-    assert rows["also a benchmark image"] == 2 and rows["found twice"] == 1
-
-    first, photos = found["a thing 0000"], data.load("tiny", tiny_data).images["photo"]
-    assert first["queries"].keys() == {location.path for location, _ in photos}  # k is all
-    assert first["json"] == {"key": "0000"}  # what the pool knew of it
-    image = data.Location("", first["path"], first["offset"], first["size"])
-    assert Path(first["path"]).is_absolute() and image.read() == square(0)  # nothing was copied
+def pool_features(clip, pool):
+    """Return (texts, features) of all pairs of a pool, in the order of its shards."""
+    pairs = [pair for shard in sorted(pool.glob("*.tar")) for pair in read_shard(shard)[0]]
+    z = features.encode_images(clip, [(location, 0) for _, location, _, _ in pairs])
+    return [text for _, _, text, _ in pairs], z
 
 
-def test_a_pool_of_benchmark_images_fails_where_it_is_searched(
-    tiny_data, find, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("k", [1, 3])
+def test_each_image_of_the_source_gets_its_k_nearest_pairs(retrieve, tiny_pool, k):
+    content, _, dataset, clip = retrieve("--k", k)
+    texts, z_pool = pool_features(clip, tiny_pool)
+    z = features.encode_images(clip, dataset.images["photo"])
+    scores, ids = (z @ z_pool.T).topk(k)
+    expected = {}
+    for (location, _), row_scores, row in zip(dataset.images["photo"], scores, ids):
+        for score, i in zip(row_scores.tolist(), row.tolist()):
+            expected.setdefault(texts[i], {})[location.path] = pytest.approx(score, abs=2e-3)
+    assert {pair["text"]: pair["queries"] for pair in content["pairs"]} == expected
+    assert content["counts"] == {"available": 40, "damaged": 0, "retrieved": len(expected)}
+
+
+def test_class_prompts_can_be_the_queries(retrieve, tiny_pool):
+    content, settings, dataset, clip = retrieve("--query", "text", "--k", 2)
+    texts, z_pool = pool_features(clip, tiny_pool)
+    names = ["a photo of a cat", "a photo of a dog", "a photo of a red house"]
+    ids = (features.encode_texts(clip, names) @ z_pool.T).topk(2).indices
+    expected = {}
+    for folder, row in zip(["cat", "dog", "red_house"], ids.tolist()):
+        for i in row:
+            expected.setdefault(texts[i], set()).add(folder)
+    assert {pair["text"]: {*pair["queries"]} for pair in content["pairs"]} == expected
+    few = anchors.pairs_of(settings, dataset, clip, dataset.images["photo"][:1])
+    assert len(few) == len(content["pairs"])  # a class's pairs belong to every seed
+
+
+def test_test_images_and_duplicates_are_left_out(retrieve, tiny_data, tiny_pool, capsys):
+    """The pool has a photo, a sketch and an unseen image, an image twice, and a file that is none."""
+    unseen = tiny_data / "unseen"
+    for domain in ("photo", "sketch", "cartoon"):
+        (unseen / domain / "fox").mkdir(parents=True)
+        (unseen / domain / "fox" / "0.png").write_bytes(square(500 + len(domain)))
+    phrases = {"photo": "a photo", "sketch": "a sketch", "cartoon": "a cartoon"}
+    (unseen / "dataset.json").write_text(json.dumps({"phrases": phrases}))
+    description = tiny_data / "tiny" / "dataset.json"
+    description.write_text(json.dumps({**json.loads(description.read_text()), "unseen": "unseen"}))
+    leaks = {
+        "photo": tiny_data / "tiny" / "photo" / "dog" / "3.png",
+        "sketch": tiny_data / "tiny" / "sketch" / "dog" / "3.png",
+        "fox": unseen / "cartoon" / "fox" / "0.png",
+    }
+    members = {"bad.png": b"?", "bad.txt": b"bad", "twice.png": square(0), "twice.txt": b"again"}
+    for name, path in leaks.items():
+        members |= {f"{name}.png": path.read_bytes(), f"{name}.txt": b"a leak"}
+    write_shard(tiny_pool / "00002.tar", members)
+    content, settings, dataset, clip = retrieve("--k", 44)
+    texts = [pair["text"] for pair in content["pairs"]]
+    assert "a leak" not in texts and "again" not in texts and len({*texts}) == len(texts) == 40
+    assert content["counts"] == {
+        "available": 44, "damaged": 1, "retrieved": 40, "also a test image": 3, "found twice": 1,
+    }
+    assert "damaged: 00002.tar: bad (of no known format)" in capsys.readouterr().err
+    first = next(pair for pair in content["pairs"] if pair["text"] == "a thing 0000")
+    assert first["queries"].keys() == {at.path for at, _ in dataset.images["photo"]}  # k is all
+    location = anchors.pair_location(settings, dataset, first)
+    assert location.read() == square(0)  # nothing was copied
+    [record] = anchors.pair_records(settings, dataset, clip)
+    assert record["kind"] == "pairs" and record["values"] == content["counts"] and record["n"] == 44
+
+
+def test_a_pool_of_test_images_is_refused(retrieve, tiny_data, tmp_path, capsys):
     photo = (tiny_data / "tiny" / "photo" / "dog" / "3.png").read_bytes()
     write_shard(tmp_path / "leaks" / "00000.tar", {"a.png": photo, "a.txt": b"a leak"})
-    said = refusal(capsys, monkeypatch, *find, "--pool", tmp_path / "leaks")
-    assert "no pair to train on (1 available" in said and "1 also a benchmark image" in said
-    assert not (tmp_path / "run" / "retrieved.jsonl").exists()
+    with pytest.raises(SystemExit) as stop:
+        retrieve("--pool", tmp_path / "leaks")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "no pair to train on (1 available" in line and "1 also a test image" in line
+    assert not [*(tmp_path / "runs" / "run").rglob("*.json")]
 
 
-def test_retrieval_embeds_once_and_searches_again_for_another_k(
-    tiny_data, find, tmp_path, monkeypatch, capsys
-):
-    run, read, true_read = tmp_path / "run", [], anchors.image_batches
-    monkeypatch.setattr(anchors, "image_batches", lambda *a: read.append(a[0]) or true_read(*a))
-    call(monkeypatch, *find)
-    stamp, few = (run / "retrieved.jsonl").stat().st_mtime_ns, len(retrieved(run))
-    capsys.readouterr()
-    call(monkeypatch, *find)
-    assert (run / "retrieved.jsonl").stat().st_mtime_ns == stamp
-    assert "is there already" in capsys.readouterr().out
-    call(monkeypatch, *find, "--k", 3)
-    monkeypatch.chdir(tmp_path)
-    call(monkeypatch, *find, "--k", 3, "--pool", "pool")  # the same, which finetune.py compares by name
-    assert batches.read_retrieved(run)[0]["pool"] == "pool"
-    # another benchmark: to be checked anew
+def test_a_shard_is_embedded_once(retrieve, tiny_data, tiny_pool, monkeypatch):
+    """… whatever k, the test images and the pool's folder are; and again if it changes itself."""
+    shards, image_batches = [], anchors.image_batches
+
+    def recorded(items, *arguments):
+        shards.append(Path(items[0][0].path).name)
+        return image_batches(items, *arguments)
+
+    monkeypatch.setattr(anchors, "image_batches", recorded)
+    first, *_ = retrieve()
+    retrieve("--k", 3)
+    retrieve("--query", "text")
     (tiny_data / "tiny" / "sketch" / "cat" / "0.png").write_bytes(square(7))
-    call(monkeypatch, *find, "--k", 3)
-    assert "already" not in capsys.readouterr().out
-    shards = [items for items in read if items[0][0].file.endswith(".tar")]
-    assert len(shards) == 2 and len(retrieved(run)) > few  # two shards, each once
-    call(monkeypatch, *find, "--query", "text")
-    queries = {query for row in retrieved(run).values() for query in row["queries"]}
-    assert queries <= {"cat", "dog", "red_house"}
+    retrieve()
+    shutil.copytree(tiny_pool, tiny_pool.parent / "moved")
+    moved, settings, dataset, _ = retrieve("--pool", "moved")  # relative to this folder
+    assert sorted(shards) == ["00000.tar", "00001.tar"] and moved == first
+    assert anchors.pair_location(settings, dataset, moved["pairs"][0]).folder.endswith("moved")
+    write_shard(tiny_pool / "00001.tar", {"new.png": square(300), "new.txt": b"new"})
+    assert retrieve("--k", 50)[0]["counts"]["available"] == 21
+    assert sorted(shards) == ["00000.tar", "00001.tar", "00001.tar"]
 
 
-def test_a_seed_trains_on_what_its_own_training_images_found(tiny_data, tmp_path, capsys):
-    dataset = data.load("tiny", tiny_data)
-    photos = {location.path: (location, y) for location, y in dataset.images["photo"]}
-    zero, one, two = (f"photo/cat/{i}.png" for i in range(3))
-    queries = [{zero: 0.9}, {one: 0.8}, {zero: 0.7, one: 0.9}, {"dog": 0.5}]
-    members = {}
-    for i in range(4):
-        members |= {f"{i}.png": square(i), f"{i}.txt": b"text %d" % i}
-    write_shard(tmp_path / "pool.tar", members)
-    rows = [
-        {
-            "path": at.file, "offset": at.offset, "size": at.size, "text": text, "queries": q,
-            "sha256": hashlib.sha256(at.read()).hexdigest(),
-        }
-        for (_, at, text, _), q in zip(read_shard(tmp_path / "pool.tar")[0], queries)
-    ]
-    data.write_rows(tmp_path / "retrieved.jsonl", [{"config_hash": "", "retrieved": 4}, *rows])
-    config = SimpleNamespace(run=tmp_path)
-    got = batches.load_retrieved(config, dataset, [photos[one]])
-    assert [text for _, text in got] == ["text 1", "text 2", "text 3"]
-    assert got[0][0].open().size == (16, 16)
-    other = SimpleNamespace(run=tmp_path / "other", k=3)
-    for reason in ("is not there", "no pair for these"):
-        with pytest.raises(SystemExit):
-            batches.load_retrieved(other, dataset, [photos[two]])
-        assert reason in capsys.readouterr().err
-        data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 3}, "retrieved": 2}, *rows[:2]])
-    other.k = 5  # finetune.py alone, with another flag than anchors.py had
+def test_a_seed_trains_on_the_pairs_of_its_own_images(retrieve, tiny_pool, capsys):
+    content, settings, dataset, clip = retrieve("--k", 2)
+    image = dataset.images["photo"][4]
+    own = anchors.pairs_of(settings, dataset, clip, [image])
+    expected = [pair["text"] for pair in content["pairs"] if image[0].path in pair["queries"]]
+    assert [text for _, text in own] == expected and 1 <= len(own) <= 2 < len(content["pairs"])
+    by_key = {text: location.read() for _, location, text, _ in
+              [pair for shard in tiny_pool.glob("*.tar") for pair in read_shard(shard)[0]]}
+    assert all(location.read() == by_key[text] and location.open().size == (16, 16) for location, text in own)
     with pytest.raises(SystemExit):
-        batches.load_retrieved(other, dataset, [photos[zero]])
-    assert "retrieved.jsonl was made with --k 3. Say so" in capsys.readouterr().err
-    data.write_rows(other.run / "retrieved.jsonl", [{"made_with": {"k": 5}, "retrieved": 3}, *rows[:3]])
-    assert len(batches.load_retrieved(other, dataset, [photos[zero]])) == 2  # of what is there now
-    others = {f"{i}.png": members[f"{3 - i}.png"] for i in range(4)}
-    write_shard(tmp_path / "pool.tar", {**members, **others})  # as long as before, with other pairs
-    with pytest.raises(SystemExit):
-        batches.load_retrieved(other, dataset, [photos[zero]])
-    assert "pool.tar is not what" in capsys.readouterr().err
-    (tmp_path / "pool.tar").unlink()
-    with pytest.raises(SystemExit):
-        batches.load_retrieved(other, dataset, [photos[zero]])
-    assert "pool.tar, a shard of the pool: No such file or directory. Put it back" in capsys.readouterr().err
-    lost = tmp_path / "lost" / "retrieved.jsonl"
-    lost.parent.mkdir()
-    data.write_rows(lost, [{"retrieved": 4}, *rows[:3]])
-    with pytest.raises(SystemExit):
-        batches.load_retrieved(SimpleNamespace(run=lost.parent), dataset, [photos[zero]])
-    assert f"{lost} is damaged" in capsys.readouterr().err
+        anchors.pairs_of(settings, dataset, clip, [])
+    assert "no retrieved pair belongs to these training images" in capsys.readouterr().err
 
 
-def test_no_pool_is_one_line(tiny_data, tiny_clip, tmp_path, monkeypatch, capsys):
-    common = ["retrieve", "tiny", "photo", "--data", tiny_data, "--run", tmp_path / "run"]
-    said = refusal(capsys, monkeypatch, *common)
-    assert "could not fetch pixparse/cc3m-wds" in said and "data/cc3m by hand" in said
-    said = refusal(capsys, monkeypatch, *common, "--pool", tmp_path / "empty")
-    assert "empty: no webdataset shards there" in said
+def test_half_precision_does_not_hide_a_test_image(tmp_path, tiny_clip, tiny_pool, retrieve):
+    """Stored features are half precision, rounded to unit norm again, so that 0.99999 is reached."""
+    _, _, _, clip = retrieve()
+    z = anchors.embed_shard(clip, tiny_pool / "00000.tar", tmp_path / "features")["z"]
+    _, exact = pool_features(clip, tiny_pool)
+    cosines = (z * exact[:20]).sum(1)
+    assert z.dtype == torch.float32 and torch.allclose(z.norm(dim=1), torch.ones(20), atol=1e-6)
+    assert cosines.min() > 0.99999
+
+
+# -------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def run_as_script(*arguments):
+    sys.argv = ["anchors.py", *map(str, arguments)]
+    anchors.main()
+
+
+def test_two_processes_store_what_one_stores(path, tiny_data, tiny_pool, tiny_clip, tiny_blip2, tmp_path):
+    """The same captions and the same pairs; and torchrun finds that all of them exist."""
+    path.unlink()
+    common = ["tiny", "photo", "--data", tiny_data]
+    captioning = ["caption", *common, "--captioner", tiny_blip2, "--caption-batch", 4, "--max-tokens", 5]
+    retrieval = ["retrieve", *common, "--model", tiny_clip, "--pool", tiny_pool]
+    retrieval += ["--same", 0.99999, "--k", 2, "--run"]
+    run_as_script(*captioning)
+    run_as_script(*retrieval, tmp_path / "one" / "run")
+    rows = rows_of(path)
+    path.unlink()
+    in_processes(2, run_as_script, *captioning)
+    in_processes(2, run_as_script, *retrieval, tmp_path / "two" / "run")
+    assert sorted(map(str, rows)) == sorted(map(str, rows_of(path))) and len(rows) == 30
+    [one], [two] = ([*(tmp_path / name / "run" / "pairs").iterdir()] for name in ("one", "two"))
+    assert one.name == two.name and one.read_bytes() == two.read_bytes()
+    features = {file.name for file in (tmp_path / "one" / ".features").iterdir()}
+    assert features == {file.name for file in (tmp_path / "two" / ".features").iterdir()}
+
+
+def test_torchrun_captions_in_each_process(path, tiny_data, tiny_blip2):
+    """… after half a row of a killed run, which one of them removes."""
+    rows = rows_of(path)
+    write_rows(path, rows[:5])
+    path.write_text(path.read_text() + '{"path": "photo/d')
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    command += [ROOT / "anchors.py", "caption", "tiny", "photo", "--data", tiny_data]
+    command += ["--captioner", tiny_blip2, "--max-tokens", 5]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(path)) == 30 and done.stdout.count("25 of 30 captions are missing") == 1

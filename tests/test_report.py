@@ -1,177 +1,171 @@
-"""report/: rows are kept once, tables say what was worked out by hand; figures and documents."""
+"""core/results.py and report/: records, tables, figures and measures, against values known by hand."""
 
-import copy
-import functools
 import json
+import os
 import re
-from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from report import benchmark, documents, figures, parts, results, tables
+import data
+from core.artifacts import save
+from core.methods import parse_method
+from core.results import newest, read_records, record, write_records
+from report import document, figures, quality, tables
+from report.tables import markdown_table, terminal_table
+from sets.load import load_dataset
 
-SCHEDULES = {"linear": (2, 0.1), "full": (2, 0.1), "towers": (3, 1e-5)}
-SETTINGS = {
-    "dataset": "d", "source": "photo", "model": "m", "train": "full", "init": "text", "k": 1,
-    "lambda_cap": 1.0, "lambda_ret": 1.0,
-    "schedules": {k: {"epochs": e, "batch_size": 8, "lr": lr} for k, (e, lr) in SCHEDULES.items()},
-}
-
-
-def config(run, **settings):
-    return SimpleNamespace(run=run, record=lambda: {**SETTINGS, **settings})
-
-
-def cells(rows, heading):
-    """{method: what stands under `heading`} of the one block of rows."""
-    [(_, _, markdown)] = tables.blocks(rows)
-    lines = markdown.replace("|  |", "| - |").splitlines()
-    head, _, *lines = [line.strip("| ").split(" | ") for line in lines]
-    return {line[0]: line[head.index(heading)].strip() for line in lines}
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = SimpleNamespace(dataset="d", source="photo", model="m")
+SCHEDULE = {"epochs": 5, "batch_size": 8, "lr": 1e-5, "weight_decay": 0.1, "warmup": 0.1, "max_norm": None}
 
 
-def scored(method, domains, **columns):
-    """Rows of {domain: [value of seed 0, 1, …]}."""
+def scores(method, values, trained="head", seeds=None, **fields):
+    """Return records of accuracy. values: {domain: [value of seed 0, 1, …]}."""
+    if method == "zero-shot":
+        trained = ""
+    count = max(map(len, values.values()))
     return [
-        {"method": method, "domain": domain, "value": value, "n": 9, "seed": seed, **columns}
-        for domain, values in domains.items() for seed, value in enumerate(values)
+        record(
+            SETTINGS, "accuracy", method, seed,
+            {domain: v[i] for domain, v in values.items() if i < len(v)}, {domain: 9 for domain in values},
+            trained=trained, **{"schedule": SCHEDULE if trained else None, **fields},
+        )
+        for i, seed in enumerate(seeds or range(count))
     ]
 
 
-def lines_of(markdown):
-    return [line for line in markdown.splitlines() if line.startswith("|")]
+def measured(kind, method, values, seed=0, **fields):
+    return record(SETTINGS, kind, method, seed, values, 9, **fields)
+
+
+def parsed(table):
+    """Return [{heading: cell}] of a markdown table."""
+    lines = [
+        [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in table.splitlines() if line.startswith("|")
+    ]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def column(records, heading):
+    """Return {label: cell} of a column of the full table."""
+    [(_, _, table), *_] = tables.full_tables(records)
+    return {row["method"]: row[heading] for row in parsed(table)}
 
 
 # -------------------------------------------------------------------------------------------------
-# Rows
+# Records
 
 
-def test_rows_come_back_as_they_went_with_their_settings(tmp_path):
-    weights = {"alpha": 0.5, "lambda_cap": 0.5, "trained": "both towers"}
-    rows = scored("arf", {"photo": [1 / 3, 2], "sketch": [None]}, **weights)
-    noted = {"method": "ldfs", "domain": "sketch", "measure": "|Δt|", "split": "train"}
-    results.append(config(tmp_path, lambda_cap=0.5), [*rows, {**noted, "value": 7.0}])
-    first, sketch, _, direction = results.read(tmp_path)  # seed 0, seed 1
-    assert first["value"] == 0.333333 and first["n"] == 9
-    assert (first["alpha"], first["lambda_cap"]) == (0.5, 0.5)
-    assert sketch["value"] is None and sketch["split"] == "test" and sketch["measure"] == "accuracy"
-    assert direction["measure"] == "|Δt|" and direction["trained"] == "" and direction["alpha"] == 1
-    assert first["settings"]["commit"] == results.commit()
-    assert first["settings"]["versions"].keys() == {"torch", "open_clip_torch"}
-    assert first["block"] == results.block_of({**SETTINGS, "lambda_cap": 3})  # it is a column
-    line = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
-    assert line.keys() == {"config", "method", *weights, "values"}  # and nothing that is as always
-    assert line["values"] == {"photo": [0.333333, 9], "sketch": [None, 9]}
-    [(name, settings)] = json.loads((tmp_path / "config.json").read_text()).items()
-    assert name == line["config"] and settings["schedules"] == SETTINGS["schedules"]
+def test_a_record_has_all_columns_and_six_digits():
+    new = record(
+        SETTINGS, "accuracy", "arf", 1, {"photo": 1 / 3, "sketch": None}, {"photo": 3, "sketch": 0},
+        trained="both towers", alpha=0.5, schedule=SCHEDULE, options={"lambda_cap": 0.5}, validation=75.0,
+    )
+    assert new == {
+        "kind": "accuracy", "dataset": "d", "source": "photo", "model": "m", "method": "arf",
+        "trained": "both towers", "seed": 1, "alpha": 0.5, "schedule": SCHEDULE, "options": {"lambda_cap": 0.5},
+        "values": {"photo": 0.333333, "sketch": None}, "n": {"photo": 3, "sketch": 0}, "validation": 75.0,
+    }
+    short = measured("pairs", "retrieved", {"available": 3})
+    assert (short["trained"], short["alpha"], short["schedule"], short["options"]) == ("", 1.0, None, {})
 
 
-def test_what_is_there_is_not_appended_again_but_what_changed_is(tmp_path, monkeypatch):
-    path, rows = tmp_path / "results.jsonl", scored("ldfs", {"photo": [1, 2]})
-    results.append(config(tmp_path), rows)
-    before = path.read_text(), (tmp_path / "config.json").read_text()
-    monkeypatch.setattr(results, "commit", lambda: "another")
-    results.append(config(tmp_path), rows)
-    assert before == (path.read_text(), (tmp_path / "config.json").read_text())
-    for value in (3, 1):  # and back: the last counts, whatever stood there once
-        rows[0]["value"] = value
-        results.append(config(tmp_path), rows)
-        assert [row["value"] for row in results.read(tmp_path)] == [value, 2]
-    results.append(config(tmp_path), [{**row, "key": "other images"} for row in rows])
-    assert {row["key"] for row in results.read(tmp_path)} == {"other images"}
-    assert len(results.rows(tmp_path)) == 2 + 1 + 1 + 2
-    assert results.read(tmp_path)[0]["settings"]["commit"] == "another"
+def test_of_records_about_the_same_thing_the_newest_counts(tmp_path):
+    old, new = scores("ldfs", {"photo": [1]}) + scores("ldfs", {"photo": [2]})
+    for time, (name, content) in enumerate([("z", old), ("b", scores("lads", {"photo": [3]})[0]), ("a", new)]):
+        path = tmp_path / "scores" / f"{name}.json"
+        save(content, path)
+        os.utime(path, (time, time))
+    save([measured("mapper", "ldfs", {"spread": 0.5}, domain=d) for d in ("sketch", "cartoon")],
+         tmp_path / "scores" / "measures.json")
+    read = read_records(tmp_path)
+    assert [(r["method"], r["values"].get("photo")) for r in read[:2]] == [("ldfs", 2), ("lads", 3)]
+    assert [r["domain"] for r in read[2:]] == ["sketch", "cartoon"]
 
 
-def test_accuracies_on_other_images_than_the_last_are_left_out(tmp_path, capsys):
-    row = {"domain": "photo", "value": 1}
-    for method, tested, more in (("old", "a", {}), ("ldfs", "a", {}), ("ldfs", "b", {}), ("old", "a", {"k": 10})):
-        results.append(config(tmp_path, **more), [{**row, "method": method, "tested": tested, "key": tested}])
-    results.append(config(tmp_path), [{**row, "method": "old", "measure": "spread"}])
-    kept = [(r["method"], r["tested"], r["measure"]) for r in results.read(tmp_path)]
-    assert kept == [("ldfs", "b", "accuracy"), ("old", "a", "accuracy"), ("old", "", "spread")]
-    assert "1 accuracies on other images" in capsys.readouterr().err
+@pytest.mark.parametrize("change", [
+    {"dataset": "e"}, {"source": "sketch"}, {"model": "n"}, {"method": "lads"}, {"trained": "prompt"},
+    {"options": {"shots": 4}}, {"alpha": 0.5}, {"seed": 1}, {"domain": "sketch"}, {"kind": "mapper"},
+])
+def test_records_that_differ_in_one_column_are_about_different_things(change):
+    [first] = scores("ldfs", {"photo": [1]})
+    assert len(newest([first, {**first, **change}, {**first, "values": {}}])) == 2
 
 
-def test_rows_without_their_settings_are_named(tmp_path, capsys):
-    results.append(config(tmp_path), [{"method": "ldfs", "domain": "photo", "value": 1}])
-    (tmp_path / "config.json").unlink()
+def test_records_survive_a_file_of_lines(tmp_path):
+    records = scores("arf", {"photo": [1, 2], "sketch": [3, None]}, "both towers", options={"shots": 4})
+    records += scores("zero-shot", {"photo": [5, 5]}) + [measured("mapper", "ldfs", {"|Δt|": 1}, domain="é")]
+    for subset in (records, records[:1], records[-2:-1]):
+        write_records(subset, tmp_path / "a.jsonl")
+        assert read_records(tmp_path / "a.jsonl") == subset
+    write_records(records, tmp_path / "a.jsonl")
+    shared, *lines = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    assert shared == {"dataset": "d", "source": "photo", "model": "m"}
+    assert len(lines) == 5 and not any(shared.keys() & line.keys() for line in lines)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path.mkdir(), "no results here"), (lambda path: None, "no results here"),
+    (lambda path: path.write_text(""), "no results here"), (lambda path: path.write_text("{"), "line 1"),
+    (lambda path: [(path / "scores").mkdir(parents=True), (path / "scores/a.json").write_text("{")], "a.json"),
+])
+def test_missing_or_damaged_records_are_one_line_and_status_2(tmp_path, capsys, make, message):
+    make(tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
-        results.read(tmp_path)
-    assert stop.value.code == 2 and "config.json lacks" in capsys.readouterr().err
-
-
-def test_figures_of_no_accuracies_are_refused(tmp_path, capsys):
-    results.append(config(tmp_path), [{"method": "ldfs", "domain": "photo", "value": 1, "measure": "spread"}])
-    with pytest.raises(SystemExit):
-        figures.draw_against("lr", results.read(tmp_path), tmp_path / "a.png")
-    assert "no accuracies are there yet" in capsys.readouterr().err
-
-
-def test_of_a_stage_run_twice_the_last_result_counts(tmp_path):
-    row = {"method": "ldfs", "domain": "photo", "value": 1}
-    for value, more in ((1, {}), (2, {}), (3, {"train": "towers"}), (4, {"k": 10})):
-        results.append(config(tmp_path, **more), [{**row, "value": value}])
-    results.append(config(tmp_path, k=10), [{**row, "value": 5, "measure": "unique neighbours"}])
-    results.append(config(tmp_path), [{**row, "value": 6, "measure": "unique neighbours"}])
-    # other measures are of the model, whatever was trained
-    assert [r["value"] for r in results.read(tmp_path)] == [2, 3, 4, 6]
-
-
-def test_table_of_nothing_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        results.read(tmp_path)
-    assert stop.value.code == 2 and "results.jsonl is not there" in capsys.readouterr().err
-    assert results.rows(tmp_path) == []
+        read_records(tmp_path / "run")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
 
 # -------------------------------------------------------------------------------------------------
 # Tables
 
 
-def test_table_means_deviations_and_raw_seeds(tmp_path):
-    results.append(config(tmp_path), [
-        *scored("ldfs", {"photo": [90, 92], "sketch": [40, 50], "OOD mean": [40, 50]}),
-        *scored("lads", {"photo": [1.0]}), *scored("finetune", {"OOD mean": [35, 47]}),
-    ])
-    lines = lines_of(tables.table(results.read(tmp_path)))
-    heads = "ID (photo) | sketch | OOD mean | less finetune | less lads | OOD mean, seed by seed |"
+def test_means_deviations_differences_and_raw_seeds():
+    records = [
+        *scores("ldfs", {"photo": [90, 92], "sketch": [40, 50], "OOD mean": [40, 50]}),
+        *scores("lads", {"photo": [1.0], "sketch": [None]}), *scores("finetune", {"OOD mean": [35, 47]}),
+    ]
+    lines = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+    heads = "ID (photo) | sketch | OOD mean | OOD less finetune | OOD less lads | OOD mean, seed by seed |"
     assert lines[0] == f"| method | {heads}"
     assert lines[2] == "| ldfs | 91.0 ± 1.4 | 45.0 ± 7.1 | 45.0 ± 7.1 | 4.0 ± 1.4 |  | 40.0 50.0 |"
     assert lines[3] == "| lads | 1.0 | not run | not run |  |  |  |"
+    title = markdown_table(records).splitlines()[0]
+    assert title == "d, source photo, m: accuracy in per cent, 1 to 2 seeds; head: 5 epochs of batch 8, lr 1e-05:"
 
 
-def test_seeds_are_compared_with_the_same_seed(tmp_path):
-    rows = scored("ldfs", {"OOD mean": [10, 20, 30]})
-    rows += scored("finetune", {"OOD mean": [1, 12, 21]})[::-1]  # in another order
-    rows = [row for row in rows if (row["method"], row["seed"]) != ("finetune", 1)]
-    results.append(config(tmp_path), rows)
-    assert cells(results.read(tmp_path), "less finetune") == {"ldfs": "9.0 ± 0.0", "finetune": "-"}
+def test_seeds_are_compared_with_the_same_seed():
+    records = scores("ldfs", {"OOD mean": [10, 20, 30]})
+    records += scores("finetune", {"OOD mean": [21, 1]}, seeds=[2, 0])
+    assert column(records, "OOD less finetune") == {"ldfs": "9.0 ± 0.0", "finetune": ""}
 
 
-def test_strategies_are_compared_with_themselves_without_synthesised_features(tmp_path):
+def test_strategies_are_compared_with_themselves_without_synthesised_features():
     ood = {"coop": [1, 2], "coop+lads": [5, 8], "arf": [1, 1], "arf+ldfs:sigma=0": [2, 3]}
+    records = []
     for method, values in {**ood, "flyp": [0, 0], "flyp+captions": [9, 9]}.items():
-        results.append(config(tmp_path), scored(method, {"OOD mean": values}))
-    rows, heading = results.read(tmp_path), "OOD, with less without"
+        records += scores(method, {"OOD mean": values})
     less = {"coop+lads": "5.0 ± 1.4", "arf+ldfs:sigma=0": "1.5 ± 0.7"}
-    assert {m: v for m, v in cells(rows, heading).items() if v != "-"} == less
-    few = [row for row in rows if row["method"] not in ("coop", "coop+lads")]
-    assert cells(few, "OOD less flyp")["flyp+captions"] == "9.0 ± 0.0"  # one strategy: as ever
+    cells = column(records, "OOD with less without")
+    assert {method: cell for method, cell in cells.items() if cell} == less
+    one_strategy = [r for r in records if r["method"] not in ("coop", "coop+lads")]
+    assert column(one_strategy, "OOD less flyp")["flyp+captions"] == "9.0 ± 0.0"
 
 
-def test_table_compares_with_flyp_at_the_same_alpha(tmp_path):
-    values = [
-        ("flyp", 1, 50, 10), ("arf", 1, 53, 14), ("flyp", 0.5, 60, 20), ("arf", 0.5, 61, 22),
-        ("arf", 0.3, 0, 0),
-    ]
-    for method, alpha, ood, unseen in values:
-        domains = {"OOD mean": [ood], "unseen mean": [unseen], "sketch": [1], "unseen sketch": [1]}
-        results.append(config(tmp_path), scored(method, domains, alpha=alpha))
-    heads, _, *lines = lines_of(tables.table(results.read(tmp_path)))
+def test_arf_is_compared_with_flyp_at_the_same_alpha():
+    records = []
+    for method, alpha, ood, unseen in [
+        ("flyp", 1.0, 50, 10), ("arf", 1.0, 53, 14), ("flyp", 0.5, 60, 20), ("arf", 0.5, 61, 22), ("arf", 0.3, 0, 0),
+    ]:
+        values = {"OOD mean": [ood], "unseen mean": [unseen], "sketch": [1], "unseen sketch": [1]}
+        records += scores(method, values, alpha=alpha)
+    heads, _, *lines = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
     assert heads == (
         "| method | OOD mean | unseen mean | sketch | OOD less flyp | unseen less flyp "
         "| OOD mean, seed by seed | unseen mean, seed by seed |"
@@ -184,279 +178,485 @@ def test_table_compares_with_flyp_at_the_same_alpha(tmp_path):
     ]
 
 
-def test_weights_and_what_is_trained_are_told(tmp_path):
-    results.append(config(tmp_path, lambda_cap=0.5), [
-        *scored("zero-shot", {"photo": [1]}),
-        *scored("finetune", {"photo": [1]}, trained="image tower, head", lambda_cap=None),
-        *scored("arf", {"photo": [1]}, trained="both towers", lambda_cap=0.5, alpha=0.5),
-    ])
-    assert cells(results.read(tmp_path), "trained") == {
-        "zero-shot": "-", "finetune": "image tower, head", "arf λ_cap=0.5 α=0.5": "both towers",
+def test_what_is_compared_has_the_same_options_where_they_matter():
+    """λ_cap and captions do not matter to FLYP; a learning rate and the number of images do."""
+    def ood(method, value, **options):
+        return scores(method, {"OOD mean": [value]}, options=options)
+
+    records = [
+        *ood("flyp", 10), *ood("arf", 13, lambda_cap=0.5), *ood("arf", 14, captions="a/people.jsonl", k=3),
+        *ood("flyp", 20, lr=1e-3), *ood("arf", 26, lr=1e-3), *ood("arf", 99, shots=4),
+        *ood("arf", 1, lr=1e-3, lock_text=True),
+    ]
+    assert column(records, "OOD less flyp") == {
+        "flyp": "", "arf λ_cap=0.5": "3.0", "arf captions=people.jsonl k=3": "4.0", "flyp lr=0.001": "",
+        "arf lr=0.001": "6.0", "arf shots=4": "", "arf lock_text lr=0.001": "",
     }
-    [(_, title, _)] = tables.blocks(results.read(tmp_path))
-    assert title == (
-        "d, source photo, m --train full --init text, "
-        "image tower, head (2 epochs of batch 8, lr 0.1), "
-        "both towers (3 epochs of batch 8, lr 1e-05): accuracy in per cent, 1 seed"
-    )
 
 
-def test_other_settings_are_another_block_and_other_measures_come_last(tmp_path):
-    row = {"method": "ldfs", "domain": "photo", "value": 1.0, "trained": "head"}
-    other = {**row, "measure": "class consistency"}
-    results.append(config(tmp_path, captions="my.jsonl"), [other, row])
-    results.append(config(tmp_path, k=10), [row])
-    results.append(config(tmp_path, lambda_ret=0.5), [{**row, "lambda_ret": 0.5}])
-    results.append(config(tmp_path), [row])
-    titles = [title for _, title, _ in tables.blocks(results.read(tmp_path))]
-    assert "--captions my.jsonl" in titles[0] and "--k 10" in titles[1] and "--k" not in titles[2]
-    assert titles[3] == "d, source photo, m: class consistency in per cent, 1 seed"
-    assert len(titles) == 4  # with other λ and without in one
+@pytest.mark.parametrize("option, flyp, captions, retrieved, coop, ldfs", [
+    ("captions", 0, 1, 0, 0, 1), ("lambda_cap", 0, 1, 0, 0, 0), ("lambda_ret", 0, 0, 1, 0, 0), ("k", 0, 0, 1, 0, 0),
+    ("mapper_steps", 0, 0, 0, 0, 1), ("lock_text", 1, 1, 1, 0, 0), ("init", 0, 0, 0, 1, 1), ("lr", 1, 1, 1, 1, 1),
+])
+def test_which_options_matter_to_which_method(option, flyp, captions, retrieved, coop, ldfs):
+    methods = ("flyp", "flyp+captions", "flyp+retrieved", "coop", "ldfs")
+    expected = [flyp, captions, retrieved, coop, ldfs]
+    assert [tables.applies(option, method) for method in methods] == [bool(x) for x in expected]
 
 
-def test_sets_of_renown_have_their_columns(tmp_path):
-    domains = {"unseen cars": [1], "unseen mean": [1], "photo": [1]}
-    results.append(config(tmp_path), scored("arf", domains))
-    assert cells(results.read(tmp_path), "unseen cars") == {"arf": "1.0"}
+def test_zero_shot_has_no_options_and_is_compared_with_the_plainest():
+    ood = {"OOD mean": [10.0]}
+    records = scores("zero-shot", {"OOD mean": [12.0]})
+    limited = scores("finetune", ood, options={"shots": 4}) + scores("ldfs", ood, options={"shots": 4})
+    assert column(records + limited, "OOD less finetune")["zero-shot"] == "2.0"
+    plain = scores("finetune", {"OOD mean": [5.0]})
+    assert column(records + limited + plain, "OOD less finetune")["zero-shot"] == "7.0"
+    two = limited + scores("finetune", ood, options={"shots": 2})
+    assert column(records + two, "OOD less finetune")["zero-shot"] == ""
 
 
-def test_counts_of_mappers_and_pairs_are_tables_of_their_own(tmp_path):
-    rows = scored("lads", {"sketch": [0.5, 0.7]}, measure="|Δt|", split="train")
-    rows += scored("retrieved", {"photo": [449]}, measure="found", split="train")
-    results.append(config(tmp_path), rows)
-    rows = results.read(tmp_path)
-    assert tables.blocks(rows) == []
-    assert [title for _, title, _ in tables.counts(rows)] == ["|Δt|", "found"]
-    texts = [markdown.splitlines()[-1] for _, _, markdown in tables.counts(rows)]
-    assert texts == ["| lads | sketch | 0.600 |", "| retrieved | photo | 449 |"]
-    assert r"| \|Δt\| |" in tables.counts(rows)[0][2]
+def test_ways_of_training_are_told_apart_and_compared_with_their_own():
+    records = []
+    for trained, plain, ldfs in (("head", 50, 60), ("prompt", 70, 71)):
+        records += scores("finetune", {"OOD mean": [plain]}, trained) + scores("ldfs", {"OOD mean": [ldfs]}, trained)
+    rows = parsed(tables.full_table(records))
+    assert [(r["method"], r["trained"], r["OOD less finetune"]) for r in rows] == [
+        ("finetune", "head", ""), ("ldfs", "head", "10.0"),
+        ("finetune", "prompt", ""), ("ldfs", "prompt", "1.0"),
+    ]
+    assert "trained" not in parsed(tables.full_table(records[:2]))[0]
 
 
-def test_what_others_published_stands_below(tmp_path):
-    results.append(config(tmp_path, dataset="imagenet"), scored("arf", {"photo": [1]}))
-    text = tables.table(results.read(tmp_path))
-    assert "| arf | 82.7 | 72.8 | 75.6 | 50.3 | 51.8 | 55.8 | 61.3 |" in text
-    assert "TerraIncognita" not in text
-    assert all(len(row) == len(one["columns"]) for one in tables.PUBLISHED for row in one["rows"])
+def test_options_that_all_rows_share_are_in_the_title_once():
+    def trained_with(method, **options):
+        return scores(method, {"photo": [1.0]}, options=options)
+
+    records = scores("zero-shot", {"photo": [1.0]})
+    records += trained_with("finetune", shots=4) + trained_with("ldfs", shots=4, captions="x/mine.jsonl", lr=1e-3)
+    [(_, title, table)] = tables.full_tables(records)
+    assert "d, source photo, m, shots=4, captions=mine.jsonl: accuracy" in title
+    assert [row["method"] for row in parsed(table)] == ["zero-shot", "finetune", "ldfs lr=0.001"]
+
+
+def test_another_data_set_source_or_model_is_another_table():
+    records = scores("ldfs", {"photo": [1.0]})
+    for change in ({"dataset": "e"}, {"source": "sketch"}, {"model": "n"}):
+        records.append({**records[0], **change})
+    titles = [title.split(":")[0] for _, title, _ in tables.full_tables(records)]
+    assert titles == ["d, source photo, m", "e, source photo, m", "d, source sketch, m", "d, source photo, n"]
+    assert terminal_table(records).count("method") == 4
+
+
+def test_unseen_sets_of_other_domains_have_their_columns():
+    [row] = parsed(tables.full_table(scores("arf", {"unseen cars": [1.0], "unseen mean": [2.0], "photo": [3.0]})))
+    assert row["unseen cars"] == "1.0"
+
+
+def test_the_terminal_shows_means_and_the_differences_that_matter():
+    records = [
+        *scores("zero-shot", {"photo": [60.0], "sketch": [1.0], "OOD mean": [61.0], "unseen mean": [62.0]}),
+        *scores("flyp", {"photo": [70.0], "OOD mean": [60.0], "unseen mean": [50.0]}, "both towers"),
+        *scores("arf", {"photo": [71.0], "OOD mean": [64.0], "unseen mean": [None]}, "both towers"),
+    ]
+    assert terminal_table(records).splitlines() == [
+        "d, source photo, m: accuracy in per cent, 1 seed",
+        "",
+        "method       ID   OOD   unseen         ID        OOD     unseen",
+        "                                less flyp  less flyp  less flyp",
+        "zero-shot  60.0  61.0     62.0      -10.0        1.0       12.0",
+        "flyp       70.0  60.0     50.0",
+        "arf        71.0  64.0  not run        1.0        4.0",
+    ]
+
+
+def arf_run(suffix=""):
+    """Return records of a run whose table has all that can make it wide."""
+    wide = {"photo": [60.123, 72.2], "OOD mean": [-40.0, 88.0], "unseen mean": [50.0, 3.0]}
+    records = scores("zero-shot", wide)
+    for method, trained in [
+        ("finetune", "image tower, head"), ("flyp", "both towers"), ("flyp+retrieved", "both towers"),
+        ("arf" + suffix, "both towers"),
+    ]:
+        for alpha in (1.0, 0.5):
+            options = {"lambda_ret": 0.5} if "retrieved" in method else {}
+            records += scores(method, wide, trained, alpha=alpha, options=options)
+    return records
+
+
+@pytest.mark.parametrize("suffix", ["", "+ldfs:sigma=0.003,direction=class", "+ldfs:sigma=0.003" + "0" * 100])
+def test_terminal_tables_are_at_most_100_columns_wide_whatever_is_in_them(suffix):
+    records = arf_run(suffix)
+    records = [{**r, "model": "local-dir:" + "/a long path" * 12} for r in records]
+    text = terminal_table(records)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "OOD" in text and "less flyp" in text and text.count("both towers") in (0, 6)
+    names = "".join(line[:40].strip() for line in text.splitlines()[2:] if not line.startswith("zero"))
+    assert f"arf{suffix}" in names.replace(" ", "") or suffix == ""
+
+
+def test_what_does_not_fit_is_left_out_in_order():
+    """ID's difference first, then the column "trained"; labels that are not unique name it then."""
+    heads = terminal_table(arf_run()).splitlines()[2]
+    assert heads.split() == ["method", "ID", "OOD", "unseen", "OOD", "unseen"]
+    short = scores("flyp", {"photo": [1.0], "OOD mean": [1.0]}, "both towers")
+    short += scores("arf", {"photo": [1.0], "OOD mean": [1.0]}, "both towers") + scores("full", {"photo": [1.0]}, "x")
+    assert "trained" in terminal_table(short) and terminal_table(short).count("ID") == 2
+    names = "+ldfs:sigma=0.003,direction=class,pair=0.3"
+    same = [r | {"method": "full" + names} for r in scores("full", {"photo": [1.0]}, "head" * 15)]
+    same += [r | {"method": "full" + names} for r in scores("full", {"photo": [1.0]}, "prompt")]
+    assert "(prompt)" in terminal_table(same) and "trained" not in terminal_table(same)
+
+
+def test_ldfs_is_compared_with_lads_in_the_terminal_too():
+    values = {"photo": [1.0], "OOD mean": [5.0]}
+    text = terminal_table(scores("finetune", values) + scores("lads", values) + scores("ldfs", values))
+    assert "less finetune" in text and "less lads" in text and "less flyp" not in text
+
+
+def test_measures_are_a_table_of_their_own():
+    records = scores("ldfs", {"photo": [1.0]})
+    for seed in (0, 1):
+        for domain, value in (("sketch", 10 + 4 * seed), ("cartoon", 20)):
+            values = {"domain consistency": value, "class consistency": 50}
+            records.append(measured("synthesis", "ldfs", values, seed, domain=domain))
+            values = {"|Δt|": 0.5 + seed / 10, "spread": 0.25}
+            records.append(measured("mapper", "ldfs", values, seed, domain=domain))
+    records.append(measured("mapper", "clipstyler", {"|Δt|": 0.125}, domain="sketch"))
+    records.append(measured("captions", "captions, shuffled", {"CLIP score": 31.25}))
+    records.append(measured("pairs", "retrieved", {"available": 1600, "retrieved": 187}))
+    kinds = [kind for kind, _, _ in tables.full_tables(records)]
+    assert kinds == ["accuracy", "measures", "measures", "measures", "measures"]
+    synthesis, captions, pairs, mappers = (parsed(table) for _, _, table in tables.full_tables(records)[1:])
+    assert synthesis[0] == {
+        "method": "ldfs", "domain": "sketch", "domain consistency": "12.0 ± 2.8", "class consistency": "50.0 ± 0.0",
+    }
+    assert captions == [{"method": "captions, shuffled", "CLIP score": "31.2"}]
+    assert pairs == [{"method": "retrieved", "available": "1600", "retrieved": "187"}]
+    assert mappers[0] == {"method": "ldfs", "domain": "sketch", "|Δt|": "0.550", "spread": "0.250"}
+    assert mappers[1] == {"method": "clipstyler", "domain": "sketch", "|Δt|": "0.125", "spread": ""}
+    lines = [re.split(r"  +", line) for line in terminal_table(records).splitlines()]
+    assert ["ldfs", "16.0 ± 1.4", "50.0 ± 0.0"] in lines  # the mean over targets, over seeds
+    assert ["ldfs", "0.550", "0.250"] in lines and ["retrieved", "1600", "187"] in lines
+
+
+def test_published_numbers_are_in_the_full_tables_of_their_data_sets():
+    records = [{**r, "dataset": "imagenet"} for r in scores("arf", {"photo": [1.0]})]
+    assert "| arf | 82.7 | 72.8 | 75.6 | 50.3 | 51.8 | 55.8 | 61.3 |" in markdown_table(records)
+    assert "TerraIncognita" not in markdown_table(records) and "82.7" not in terminal_table(records)
+    assert all(len(row) == len(entry["columns"]) for entry in tables.PUBLISHED for row in entry["rows"])
+
+
+def test_the_command_prints_short_and_full_tables_and_collects(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["tables.py", *map(str, arguments)])
+        tables.main()
+        return capsys.readouterr().out
+
+    records = scores("ldfs", {"photo": [1.0]}) + scores("lads", {"photo": [2.0]})
+    save(records, tmp_path / "scores" / "a.json")
+    assert run(tmp_path).strip() == terminal_table(records).strip()
+    assert run(tmp_path, "--full").strip() == markdown_table(records).strip()
+    run(tmp_path, "--collect", tmp_path / "a.jsonl")
+    assert read_records(tmp_path / "a.jsonl") == records
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 2
+
+
+# -------------------------------------------------------------------------------------------------
+# docs/RESULTS.md
+
+
+def test_the_results_page_is_what_the_command_writes():
+    text = document.PAGE.read_text()
+    assert document.with_tables(text) == text, "run: python -m report.document"
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/results/*.jsonl")}
+    assert {*document.MARKED.findall(text)} == files | {"published"}
+    assert text.count("<details>") == text.count("</details>")
+    # what a user's own command prints is what the page shows
+    [accuracy, *_] = tables.full_tables(read_records(ROOT / "docs/results/emoji-3d.jsonl"))
+    assert accuracy[2] in text
+
+
+def test_the_page_follows_its_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(document, "ROOT", tmp_path)
+    page = "# A\n<!-- tables: a.jsonl -->\nold\n<!-- end of tables -->\ntext\n"
+    records = scores("ldfs", {"photo": [12.5]}) + [measured("captions", "captions", {"CLIP score": 31.0})]
+    write_records(records, tmp_path / "a.jsonl")
+    page = document.with_tables(page)
+    assert "| ldfs | 12.5 |" in page and "old" not in page and page.endswith("\ntext\n")
+    assert "<details><summary>Captions, in per cent, 1 seed</summary>\n\n| method | CLIP score |" in page
+    write_records(scores("ldfs", {"photo": [37.5]}), tmp_path / "a.jsonl")
+    assert "| ldfs | 37.5 |" in document.with_tables(page) and "12.5" not in document.with_tables(page)
 
 
 # -------------------------------------------------------------------------------------------------
 # Figures
 
 
-def between_the_weights(run, **settings):
-    domains = {"photo": [60, 62], "OOD mean": [50, 52], "sketch": [50, 52]}
-    for method, alpha in (("zero-shot", 1), ("flyp", 1), ("flyp", 0.5), ("arf", 1)):
-        results.append(config(run, **settings), scored(method, domains, alpha=alpha))
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, which are not written."""
+    drawings = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, *_, **__: drawings.append(figure))
+    return drawings
 
 
-def test_the_curve_is_of_the_weights_in_between_whatever_was_measured_since(tmp_path, monkeypatch):
-    between_the_weights(tmp_path)
-    results.append(config(tmp_path), scored("finetune", {"photo": [50]}))  # has no OOD mean
-    probe = scored("ldfs", {"photo": [1], "OOD mean": [1]})
-    results.append(config(tmp_path, train="linear"), probe)
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path, *_: drawn.append(figure))
-    figures.draw_curve(results.read(tmp_path), tmp_path / "curve.png")
+def lines_of(axis):
+    return {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+
+
+def between_the_weights(**fields):
+    records = []
+    for method, alpha, shift in (("zero-shot", 1.0, 0), ("flyp", 1.0, 4), ("flyp", 0.5, 2), ("arf", 1.0, 8)):
+        values = {"photo": [60 + shift, 62 + shift], "OOD mean": [50 - shift, 52 - shift], "sketch": [1, 2]}
+        records += scores(method, values, "both towers", alpha=alpha, **(fields if method != "zero-shot" else {}))
+    return records
+
+
+def test_the_curve_runs_from_zero_shot_along_alpha(drawn):
+    """… of the methods that were measured in between, also if they were recorded in another order."""
+    records = between_the_weights()[::-1] + scores("finetune", {"photo": [1], "OOD mean": [1]})
+    records += scores("arf", {"photo": [62], "OOD mean": [53]}, "both towers", alpha=0.25)
+    figures.draw_curve(records, "curve.png")
     [axis] = drawn[0].axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
-    assert lines["flyp"] == [[51, 61]] * 3 and lines["arf"] == [[51, 61]] * 2  # α: 0, 0.5, 1
-    assert lines["zero-shot (α = 0)"] == [[51, 61]] and "ldfs" not in lines
+    lines = lines_of(axis)
+    assert lines["flyp"] == [[51, 61], [49, 63], [47, 65]] and lines["zero-shot (α = 0)"] == [[51, 61]]
+    assert lines["arf"] == [[51, 61], [53, 62], [43, 69]] and "finetune" not in lines
 
 
-def test_no_curve_without_weights_in_between_or_another_domain(tmp_path, capsys):
-    results.append(config(tmp_path), scored("flyp", {"photo": [1]}))
-    figures.draw_curve(results.read(tmp_path), tmp_path / "curve.png")
-    results.append(config(tmp_path), scored("flyp", {"photo": [1]}, alpha=0.5))
-    results.append(config(tmp_path), scored("zero-shot", {"photo": [1]}))
-    figures.draw_curve(results.read(tmp_path), tmp_path / "curve.png")
-    said = capsys.readouterr().out
-    assert "no weights in between" in said and "no other domain" in said
-    assert not (tmp_path / "curve.png").exists()
+def test_no_curve_without_weights_in_between_or_another_domain(drawn, capsys):
+    figures.draw_curve(scores("flyp", {"photo": [1]}), "curve.png")
+    records = scores("zero-shot", {"photo": [1]}) + scores("flyp", {"photo": [1]})
+    figures.draw_curve(records + scores("flyp", {"photo": [1]}, alpha=0.5), "curve.png")
+    out = capsys.readouterr().out
+    assert "no weights in between" in out and "no other domain" in out and not drawn
 
 
-@pytest.mark.parametrize("setting, values", [("lr", (1e-3, 1e-4)), ("epochs", (10, 2))])
-def test_accuracy_against_a_setting_of_the_towers(tmp_path, monkeypatch, setting, values):
+@pytest.mark.parametrize("setting, values", [("lr", (1e-3, 1e-4)), ("epochs", (10, 2)), ("shots", (4, None))])
+def test_accuracy_against_a_setting(drawn, setting, values):
+    records = []
     for value in values:
-        towers = {"epochs": 1, "batch_size": 8, "lr": 1, setting: value}
-        schedules = {**SETTINGS["schedules"], "towers": towers}
-        between_the_weights(tmp_path / f"{value}", schedules=schedules)
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path, *_: drawn.append(figure))
-    rows = [row for value in values for row in results.read(tmp_path / f"{value}")]
-    figures.draw_against(setting, rows, tmp_path / "rates.png")
+        schedule = {**SCHEDULE, **({setting: value} if setting != "shots" else {})}
+        options = {setting: value} if value else {}
+        records += between_the_weights(schedule=schedule, options=options)
+    figures.draw_against(setting, newest(records), "rates.png")
     of_id, of_ood = drawn[0].axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in of_ood.lines}
-    assert lines["flyp"] == lines["flyp α=0.5"] == lines["arf"] == [[0, 51], [1, 51]]
-    assert [tick.get_text() for tick in of_ood.get_xticklabels()] == [f"{v:g}" for v in sorted(values)]
-    assert of_id.get_ylabel().startswith("ID") and "arf α=0.5" not in lines
+    lines = lines_of(of_ood)
+    assert lines["flyp"] == [[0, 47], [1, 47]] and lines["flyp α=0.5"] == [[0, 49], [1, 49]]
+    assert lines["arf"] == [[0, 43], [1, 43]]
+    ticks = [tick.get_text() for tick in of_ood.get_xticklabels()]
+    assert ticks == (["4", "all"] if setting == "shots" else [f"{v:g}" for v in sorted(values)])
+    assert of_id.get_ylabel().startswith("ID") and "arf α=0.5" not in lines_of(of_id)
 
 
-def test_arrows_go_from_a_strategy_without_to_the_same_with_synthesised_features(
-    tmp_path, monkeypatch
-):
-    at = {"zero-shot": (1, 2), "coop": (3, 4), "coop+lads": (5, 6), "coop+ldfs": (7, 8)}
-    for method, (of_id, ood) in {**at, "full+ldfs": (0, 0), "flyp": (0, 0)}.items():
-        domains = {"photo": [of_id - 1, of_id + 1], "OOD mean": [ood, ood]}
-        results.append(config(tmp_path), scored(method, domains))
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path, *_: drawn.append(figure.axes[0]))
-    figures.draw_strategies(results.read(tmp_path), tmp_path / "arrows.png")
-    arrows = [(text.xyann, text.xy) for text in drawn[0].texts]
-    assert arrows == [((3, 4), (5, 6)), ((3, 4), (7, 8))]
-    names = [text.get_text() for text in drawn[0].get_legend().get_texts()]
+def test_arrows_go_from_a_strategy_to_the_same_with_synthesised_features(drawn):
+    records = []
+    at = {"zero-shot": (1, 2), "coop": (3, 4), "coop+lads": (5, 6), "coop+ldfs": (7, 8), "full+ldfs": (0, 0)}
+    for method, (of_id, ood) in {**at, "flyp": (0, 0)}.items():
+        records += scores(method, {"photo": [of_id - 1, of_id + 1], "OOD mean": [ood, ood]})
+    figures.draw_strategies(records, "arrows.png")
+    [axis] = drawn[0].axes
+    assert [(text.xyann, text.xy) for text in axis.texts] == [((3, 4), (5, 6)), ((3, 4), (7, 8))]
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert names == ["zero-shot", "coop", "with lads's features", "with ldfs's features"]
 
 
-def test_pictures_are_written(tmp_path):
-    class Location:
-        def open(self):
-            return Image.new("RGB", (16, 24), "green")
-
-    image = Location()
-    rows = [("source", [(image, False)] * 2), ("ldfs\nsketch", [(image, True), (image, False)])]
-    figures.draw_figure4(tmp_path / "figure4.png", rows)
-    columns = [(image, "a long " * 30, None), (image, "a cat", (0.5, image, "a drawing of a cat"))]
-    figures.draw_figure5(tmp_path / "figure5.png", columns)
-    between_the_weights(tmp_path)
-    figures.draw_curve(results.read(tmp_path), tmp_path / "curve.png")
-    for name in ("figure4", "figure5", "curve"):
-        picture = Image.open(tmp_path / f"{name}.png")
-        assert picture.format == "PNG" and picture.width > 200
+@pytest.mark.parametrize("records, message", [
+    ([measured("pairs", "retrieved", {"available": 1})], "no accuracies yet"),
+    (scores("ldfs", {"photo": [1], "OOD mean": [1]}), "lack zero-shot"),
+    ([*scores("zero-shot", {"photo": [1]}), {**scores("ldfs", {"photo": [1]})[0], "model": "n"}], "one data set"),
+])
+def test_figures_of_unsuitable_records_are_refused(records, message, capsys):
+    for draw in (figures.draw_strategies, lambda *of: figures.draw_against("lr", *of)):
+        with pytest.raises(SystemExit) as stop:
+            draw(records, "a.png")
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------
-# Documents
+def test_losses_have_a_panel_for_each_training_and_a_line_for_each_term(drawn):
+    histories = {
+        "flyp": [{"L_cl": 3.0, "lr": 1.0}, {"L_cl": 2.0, "lr": 0.5}],
+        "arf": [{"L_cl": 4.0, "L_cap": 1.0, "lr": 1.0}],
+        **{f"m{i}": [{"L_con": 1.0}] for i in range(3)},
+    }
+    figures.draw_losses(histories, "losses.png")
+    panels = [axis for axis in drawn[0].axes if axis.get_title() and axis.get_visible()]
+    assert [axis.get_title() for axis in panels] == [*histories]
+    assert lines_of(panels[0]) == {"L_cl": [[1, 3], [2, 2]]}
+    assert lines_of(panels[1]) == {"L_cl": [[1, 4]], "L_cap": [[1, 1]]}
+    empty = [axis for axis in drawn[0].axes if not axis.lines]
+    assert len(empty) == 3 and not any(axis.get_visible() for axis in empty)  # two rows of four
 
 
-CODE = '''
-"""A file."""
+class Square:
+    """In place of a Location."""
 
-# CHOICE: a number,
-# not a word; alternative: 2
-NUMBER = 1  # one
+    def __init__(self, color):
+        self.color = color
 
-class A:
-    """What. CHOICE: first; alternative: `x`. More text.
-    CHOICE: second, of
-    two lines; alternative: 0.5 of it.
-
-    Other."""
-
-    def b(self):
-        x = 1  # CHOICE: trailing |x|; alternative: none
-        y = 2  # no part of it
-'''
+    def open(self):
+        return Image.new("RGB", (16, 24), self.color)
 
 
-def test_choices_are_found_in_comments_and_docstrings():
-    assert documents.choices(CODE) == [
-        ("NUMBER", "a number, not a word", "2"), ("A", "first", "`x`"),
-        ("A", "second, of two lines", "0.5 of it"), ("A.b", "trailing |x|", "none"),
-    ]
+def test_pictures_are_written_and_change_with_what_they_show(tmp_path):
+    def draw(color, caption, lost, loss):
+        image = Square(color)
+        rows = [("source", [(image, False)] * 2), ("ldfs\nsketch", [(image, lost), (image, False)])]
+        figures.draw_figure4(tmp_path / "figure4.png", rows)
+        columns = [(image, "a long " * 30, None), (image, "a cat", (0.5, image, caption))]
+        figures.draw_figure5(tmp_path / "figure5.png", columns)
+        figures.draw_styles(tmp_path / "styles.png", {"photo": torch.rand(3, 3, 8, 8), "sketch": torch.ones(3, 3, 8, 8)})
+        figures.draw_curve(between_the_weights(), tmp_path / "curve.png")
+        figures.draw_losses({"flyp": [{"L_cl": loss, "lr": 1.0}] * 2}, tmp_path / "losses.png")
+        for path in tmp_path.glob("*.png"):
+            with Image.open(path) as picture:
+                assert picture.format == "PNG" and picture.width > 200
+        return {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+
+    first = draw("green", "a drawing of a cat", True, 1.0)
+    assert len(first) == 5
+    second = draw("green", "a $drawing$ of a $5 cat", False, 2.0)
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed >= {"figure4.png", "figure5.png", "losses.png"} and "curve.png" not in changed
+    assert draw("red", "a $drawing$ of a $5 cat", False, 2.0)["figure4.png"] != second["figure4.png"]
 
 
-def test_every_choice_of_the_code_is_listed():
-    listed = documents.choices_document()
-    for file in (*documents.ROOT.glob("*.py"), *documents.ROOT.glob("*/*.py")):
-        if file.parent.name == "tests":
-            continue
-        name = str(file.relative_to(documents.ROOT))
-        assert listed.count(f"| [{name}]({name}) ") == file.read_text().count("CHOICE:"), name
-
-
-def test_notes_stand_above_their_tables_and_what_is_indented_is_folded(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "ROOT", tmp_path)
-    folder = tmp_path / "results"
-    for run in ("one", "two"):
-        results.append(config(folder / run), [
-            {"method": "ldfs", "domain": "photo", "value": 1, "measure": measure}
-            for measure in ("class consistency", "accuracy")
-        ])
-        text = f"# Of {run}\n\nSee ![it](../../assets/{run}.png).\n"
-        (folder / run / "notes.md").write_text(text)
-    (folder / "notes.md").write_text("# Results\n\n[a test](../tests/x.py)\n")
-    (folder / "published.md").write_text("## The papers' numbers\n")
-    (folder / "order.txt").write_text("two\n  one\n")
-    text = documents.results_document()
-    assert text.startswith("# Results\n\n[a test](tests/x.py)\n")
-    assert "![it](assets/one.png)" in text
-    places = [text.index(mark) for mark in (
-        "## Of two", "accuracy in", "<details>", "class consistency in", "</details>",
-        "<summary>Of one", "## The papers",
-    )]
-    assert places == sorted(places)
-    assert text.count("<details>") == text.count("</details>") == 3 and "TerraIncognita" in text
-    assert len(re.findall(r"^\| ldfs \| 1.0 \|$", text, re.M)) == 4
+@pytest.mark.parametrize("caption", ["costs $5 and $6", r"a $\bad{ $ one", "_^$"])
+def test_a_caption_with_dollars_is_drawn_as_it_is(tmp_path, caption):
+    figures.draw_figure5(tmp_path / "a.png", [(Square("red"), caption, (0.5, Square("red"), caption))])
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 # -------------------------------------------------------------------------------------------------
-# Benchmark
+# Quality of synthesised features and anchors
+
+
+def test_consistency_of_known_neighbours():
+    target = torch.eye(4)[:2], torch.tensor([0, 1])  # real sketches of class 0 and 1
+    source = torch.eye(4)[2:], torch.tensor([0, 1])  # real photos
+    z_hat = torch.tensor([[1.0, 0, 0, 0], [0.9, 0, 0, 0], [0, 0.5, 0.6, 0], [0.1, 0, 0, 0.9]])
+    values = quality.consistency(z_hat, torch.tensor([0, 1, 1, 1]), target, source)
+    assert values == {"domain consistency": 50, "class consistency": 50, "unique neighbours": 50}
+    values = quality.consistency(z_hat[:3], torch.tensor([0, 1, 1]), target, source)
+    assert values["domain consistency"] == pytest.approx(100 * 2 / 3)  # the third is nearest to a photo
+
+
+def settings_of(tmp_path, *methods, seeds=1):
+    methods = {name: parse_method(name) for name in methods}
+    return SimpleNamespace(
+        dataset="tiny", source="photo", model="m", methods=methods, seeds=seeds, cache=tmp_path / ".features"
+    )
 
 
 @pytest.fixture
-def bench(tiny_clip):
-    """A Clip, a head and a Batch as the benchmark has them, tiny."""
-    torch.manual_seed(0)
-    clip = benchmark.new_clip(tiny_clip, torch.device("cpu"))
-    return clip, torch.nn.Linear(32, 3), benchmark.new_batch(clip, 6, 3)
+def known_features(monkeypatch, tiny_data):
+    """The data set "tiny", whose features name domain and class."""
+    dataset = load_dataset("tiny", tiny_data)
+    domains = list(dataset.images)
+
+    def features(clip, one, domain, items, folder):
+        return torch.eye(9)[[3 * domains.index(domain) + label for _, label in items]]
+
+    monkeypatch.setattr(quality, "cached_features", features)
+    return dataset
 
 
-@pytest.mark.parametrize("method", benchmark.PEERS)
-def test_peers_take_the_steps_that_we_take(method, bench):
-    """Of the same losses, and from the same weights: they differ in speed alone."""
-    clip, head, batch = bench
-    losses = []
-    for new in (benchmark.our_step, benchmark.peer_step):
-        own = replace(clip, model=copy.deepcopy(clip.model)), copy.deepcopy(head)
-        step = new(method, *own, benchmark.only(method, batch))
-        losses.append([step() for _ in range(3)])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert losses[0][0] > losses[0][2]
+def test_figure_4_measures_each_domain_by_its_own_images_and_mappers(known_features, tmp_path, monkeypatch):
+    """A mapper that goes all the way to sketches, and to a wrong class for seed 1; to no cartoon."""
+    def load_synthesisers(settings, dataset, clip, name, seed, items):
+        assert items == known_features.split("photo", "photo", "test", seed)
+        return {"sketch": lambda z: z.roll(3 + seed, 1), "cartoon": lambda z: z}
+
+    monkeypatch.setattr(quality, "load_synthesisers", load_synthesisers)
+    settings, clip = settings_of(tmp_path, "ldfs", "finetune", seeds=2), SimpleNamespace(device="cpu")
+    records, picture = quality.synthesis_records(settings, known_features, clip)
+    values = {(r["method"], r["domain"], r["seed"]): r["values"] for r in records}
+    assert len(records) == 8 and all(r["n"] == 9 and r["kind"] == "synthesis" for r in records)
+    assert values["ldfs", "sketch", 0]["domain consistency"] == 100
+    assert values["ldfs", "sketch", 0]["class consistency"] == 100
+    assert values["ldfs", "sketch", 1]["class consistency"] == 0
+    assert values["ldfs", "cartoon", 0]["domain consistency"] == 0
+    assert values["not mapped", "sketch", 0]["domain consistency"] == 0
+    assert [label for label, _ in picture] == ["source", "ldfs\nsketch", "ldfs\ncartoon"]
+    source, sketches, _ = (images for _, images in picture)
+    shown = known_features.split("photo", "photo", "test", 0)
+    assert len(source) == 9 and {at for at, _ in source} == {at for at, _ in shown}
+    label_of = dict(known_features.images["photo"] + known_features.images["sketch"])
+    for (photo, _), (sketch, lost) in zip(source, sketches):  # of seed 0: no class is lost
+        assert sketch.path.startswith("sketch/") and label_of[photo] == label_of[sketch] and not lost
 
 
-def test_what_a_gpu_would_show(bench, monkeypatch):
-    """On a CPU that is said to be one: FLOPs over the time and the peak that NVIDIA names."""
-    clip, head, batch = bench
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9)
-    monkeypatch.setattr(torch, "compile", lambda module: module)
-    monkeypatch.setattr(benchmark, "captioning", lambda *of: lambda: None)
-    monkeypatch.setattr(benchmark, "timer", iter(range(100)).__next__)  # a second for each step
-    monkeypatch.setitem(benchmark.PEAK, "H100", 1e6)
-    rows = benchmark.on_a_gpu("NVIDIA H100 80GB", clip, head, batch, 4, 1)
-    assert [row["what"] for row in rows][:2] == ["finetune", "finetune, compiled"] and len(rows) == 7
-    assert all(row["images/s"] == 6 and row["peak memory, GB"] == 5 for row in rows[:-1])
-    finetune, flyp, arf, captions = (row["MFU"] for row in (*rows[:6:2], rows[-1]))
-    assert captions is None and 0 < finetune < flyp
-    assert 1.9 < arf / flyp < 3  # images twice, texts three times
+def test_the_picture_frames_lost_classes(known_features, tmp_path, monkeypatch):
+    synthesisers = {"sketch": lambda z: z.roll(4, 1), "cartoon": lambda z: z.roll(6, 1)}
+    monkeypatch.setattr(quality, "load_synthesisers", lambda *of: synthesisers)
+    _, picture = quality.synthesis_records(settings_of(tmp_path, "ldfs"), known_features, SimpleNamespace(device="cpu"))
+    lost = {label: {lost for _, lost in images} for label, images in picture}
+    assert lost["ldfs\ncartoon"] == {False} and lost["source"] == {False}
+    assert True in lost["ldfs\nsketch"]
 
 
-def test_the_benchmark_prints_tables_and_writes_them(tiny_clip, tmp_path, script, monkeypatch):
-    monkeypatch.setattr(parts, "mappers", functools.partial(parts.mappers, n=20, d=16, classes=4))
-    small = functools.partial(parts.searching, queries=5, pool=40, d=16, k=2)
-    monkeypatch.setattr(parts, "searching", small)
-    first = {"images": 300, "classes": 10, "targets": 1, "pool": 100}
-    monkeypatch.setattr(parts, "growth", functools.partial(parts.growth, first=first))
-    out = tmp_path / "new" / "benchmark.json"
-    flags = ["--batch-size", 4, "--classes", 3, "--rounds", 1, "--growth", "--out", out]
-    done = script("report/benchmark.py", "--model", tiny_clip, *flags)
-    record = json.loads(out.read_text())
-    assert (record["device"], record["clock"], record["batch"]) == ("CPU", "CPU time", 4)
-    found = record["tables"]
-    assert len(found) == 7 and all(f"{title}:" in done.stdout for title in found)
-    differences = [row["difference of the loss"] for title in [*found][:4:2] for row in found[title]]
-    assert len(differences) == 3 + 7 and sum(d is not None for d in differences) == 3 + 2
-    assert max(d for d in differences if d is not None) < 1e-5
-    assert {row["images/s"] for row in found["on a GPU"]} == {"not run"}
-    assert all(0 < row["share of loading"] < 1 for row in found["loading of images"])
-    grows = {row["what"]: row["point 3"] for row in found["how costs grow, size: ms (CPU)"]}
-    assert all(text.startswith(f"{8 * first[what]}: ") for what, text in grows.items())
+def test_nothing_is_measured_without_synthesised_features_or_captions(known_features, tmp_path):
+    settings = settings_of(tmp_path, "finetune", "flyp")
+    assert quality.synthesis_records(settings, known_features, None) == ([], [])
+    assert quality.caption_records(settings, known_features, None) == []
 
 
-def test_the_median_of_calls_that_take_turns():
-    order, ticks = [], iter([0, 5, 5, 6, 6, 7, 7, 10, 10, 12, 12, 13])
-    calls = {name: lambda name=name: order.append(name) or name for name in "ab"}
-    found = parts.medians(calls, 3, lambda: next(ticks))
-    assert "".join(order) == "ab" + "ababab"  # once to warm up
-    assert found == {"a": (2, "a"), "b": (1, "b")}
+def describe_things(dataset):
+    """Write descriptions.jsonl: "A thing7, some tag" of the eighth photo."""
+    (dataset.folder / "descriptions.jsonl").write_text("".join(
+        json.dumps({"path": location.path, "caption": f"A thing{i}, some tag"}) + "\n"
+        for i, (location, _) in enumerate(dataset.images["photo"])
+    ))
+
+
+def test_caption_quality_of_known_captions(tiny_data, monkeypatch):
+    dataset = load_dataset("tiny", tiny_data)
+    describe_things(dataset)
+    captions = ["a Red House"] * 25 + [f"a thing{i}" for i in range(25, 30)]  # 10 cats, dogs, houses
+    features = {text: torch.eye(8)[i] for i, text in enumerate(dict.fromkeys(captions))}
+    monkeypatch.setattr(quality, "encode_texts", lambda clip, texts: torch.stack([features[t] for t in texts]))
+    values = quality.caption_quality(dataset, dataset.images["photo"], captions, torch.eye(8)[[0] * 30], None)
+    assert values["names the class"] == pytest.approx(100 * 5 / 30)
+    assert values["names class or thing"] == pytest.approx(100 * 10 / 30)
+    assert values["CLIP score"] == pytest.approx(100 * 25 / 30)
+
+
+def test_captions_are_measured_as_written_beside_shuffled_and_peoples(known_features, tmp_path, monkeypatch):
+    describe_things(known_features)
+    texts = {}
+    monkeypatch.setattr(quality, "caption_quality", lambda *of: texts.setdefault(len(texts), of[2]) and {"x": 1.0})
+    items = known_features.images["photo"]
+    rows = {at.path: {"path": at.path, "caption": f"caption {i}"} for i, (at, _) in enumerate(items)}
+    first = items[0][0]
+    stamp = os.stat(first.file)
+    rows[first.path] |= {"caption": "so so so so", "by": "x", "size": stamp.st_size, "time": stamp.st_mtime_ns}
+    known_features.captions.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    records = quality.caption_records(settings_of(tmp_path, "arf"), known_features, None)
+    assert [r["method"] for r in records] == ["captions", "captions, shuffled", "descriptions by people"]
+    written = ["so so so so", *(f"caption {i}" for i in range(1, 30))]
+    assert texts[0] == written  # also what a method would not train with
+    assert data.captions(known_features, items)[0] != "so so so so"
+    assert texts[1] != written and sorted(texts[1]) == sorted(written)
+    assert texts[2] == [f"A thing{i}, some tag" for i in range(30)]
+
+
+def test_figure_5_shows_the_best_pair_of_each_training_image(known_features, tmp_path, monkeypatch):
+    train = known_features.split("photo", "photo", "train", 0)
+    first, second = (location.path for location, _ in train[:2])
+    pairs = [
+        {"text": "worse", "queries": {first: 0.2}}, {"text": "best", "queries": {first: 0.8, second: 0.1}},
+        {"text": "middle", "queries": {first: 0.5, "another.png": 0.9}},
+    ]
+    monkeypatch.setattr(quality.anchors, "retrieve_pairs", lambda *of: {"pairs": pairs})
+    monkeypatch.setattr(quality.anchors, "pair_location", lambda settings, dataset, pair: f"at {pair['text']}")
+    settings = settings_of(tmp_path, "arf")
+    columns = {at.path: (caption, pair) for at, caption, pair in quality.figure5_columns(settings, known_features, None)}
+    assert columns.keys() == {first, second}
+    captions = data.captions(known_features, train[:2])
+    assert columns[first] == (captions[0], (0.8, "at best", "best"))
+    assert columns[second] == (captions[1], (0.1, "at best", "best"))
+    monkeypatch.setattr(quality.anchors, "retrieve_pairs", lambda *of: {"pairs": []})
+    columns = quality.figure5_columns(settings, known_features, None)
+    assert len(columns) == 10 and all(pair is None for _, _, pair in columns)
+    assert len({location.path for location, _, _ in columns} - {at.path for at, _ in train}) == 0

@@ -1,4 +1,4 @@
-"""The scripts as their users run them, at tiny size, and what they say to bad input."""
+"""The scripts as their users run them, at tiny size, and their messages about bad input."""
 
 import json
 import os
@@ -10,102 +10,130 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from report import results
+from core.results import read_records
 
 
 def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
-    options = ["--data", tiny_data, "--model", tiny_clip, "--seeds", 2, "--run", tmp_path / "run"]
-    options += ["--epochs", 2, "--mapper-steps", 3]
-    done = script("run_ldfs.sh", "tiny", "photo", *options)
-    assert "device: cpu, float32" in done.stdout
-    table = (tmp_path / "run" / "table.md").read_text()
+    run = tmp_path / "run"
+    flags = ["--data", tiny_data, "--model", tiny_clip, "--seeds", 2, "--run", run, "--epochs", 2]
+    flags += ["--mapper-steps", 3]
+    done = script("run_ldfs.sh", "tiny", "photo", *flags)
+    assert "on cpu" in done.stdout and "18 training, 3 validation, 9 test images" in done.stdout
+    full = (run / "table.md").read_text()
     for method in ("zero-shot", "finetune", "lads", "global", "ldfs"):
-        assert f"| {method} |" in table and f"| {method} |" in done.stdout
-    assert (tmp_path / "run" / "figure4.png").stat().st_size > 1000
+        assert f"| {method} |" in full and f"\n{method} " in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("zero-shot ", "ldfs "))]
+    assert len(rows) >= 2 and max(map(len, rows)) <= 100
+    for picture in ("figure4.png", "losses.png"):
+        assert (run / picture).stat().st_size > 1000
 
-    rows = results.read(tmp_path / "run")
-    measured = [r for r in rows if r["measure"] == "accuracy"]
-    accuracy = {(r["method"], r["domain"], r["split"], r["seed"]) for r in measured}
-    assert len(accuracy) == 5 * 6 * 2  # methods x (val, ID, 2 OOD, their mean, extended) x seeds
+    accuracies = [r for r in read_records(run) if r["kind"] == "accuracy"]
+    assert {(r["method"], r["seed"]) for r in accuracies} == {
+        (method, seed) for method in ("zero-shot", "finetune", "lads", "global", "ldfs") for seed in (0, 1)
+    }
+    expected = {"photo", "sketch", "cartoon", "OOD mean", "extended"}
+    assert all(r["values"].keys() == expected and r["validation"] is not None for r in accuracies)
 
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*.pt")}
+    files = {p: p.stat().st_mtime_ns for p in run.glob("*/*.pt")}
     assert len(files) == 2 * (3 * 2 + 4)  # seeds x (recipes x targets + checkpoints)
     other = ["--train", "full", "--init", "scratch", "--methods", "finetune", "ldfs", "ldfs:sigma=0"]
-    script("run_ldfs.sh", "tiny", "photo", *options, *other)
-    assert files == {p: p.stat().st_mtime_ns for p in files}  # nothing is trained twice
-    assert "--train full" in (tmp_path / "run" / "table.md").read_text()
+    done = script("run_ldfs.sh", "tiny", "photo", *flags, *other)
+    assert files == {p: p.stat().st_mtime_ns for p in files}  # nothing is trained again
+    assert "lads" not in done.stdout  # the table is of this command
+    assert "init=scratch" in (run / "table.md").read_text()
 
 
 def test_run_arf_end_to_end(script, tiny_data, tiny_clip, tiny_blip2, tiny_pool, tmp_path):
-    """Captions by BLIP-2, pairs from a pool, all methods, unseen classes, α, pictures."""
-    about = json.loads((tiny_data / "tiny" / "dataset.json").read_text())
+    """Captions by BLIP-2, pairs from a pool, all methods, unseen classes, α, figures."""
+    description = tiny_data / "tiny" / "dataset.json"
     (tiny_data / "tiny" / "captions.jsonl").unlink()
     shutil.copytree(tiny_data / "tiny", tiny_data / "others")
-    (tiny_data / "tiny" / "dataset.json").write_text(json.dumps(about | {"unseen": "others"}))
-    options = ["--data", tiny_data, "--model", tiny_clip, "--captioner", tiny_blip2, "--pool", tiny_pool]
-    options += ["--run", tmp_path / "run", "--seeds", 2, "--epochs", 2, "--mapper-steps", 3]
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"unseen": "others"}))
+    run = tmp_path / "run"
+    flags = ["--data", tiny_data, "--model", tiny_clip, "--captioner", tiny_blip2, "--pool", tiny_pool]
+    flags += ["--run", run, "--seeds", 2, "--epochs", 2, "--mapper-steps", 3]
     methods = ["finetune", "flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs"]
-    options += ["--same", 0.99999, "--methods", *methods]
-    done = script("run_arf.sh", "tiny", "photo", *options)
-    table = (tmp_path / "run" / "table.md").read_text()
-    for method in ["zero-shot", *methods, "arf α=0.5"]:
-        assert f"| {method} |" in table and f"| {method} |" in done.stdout
-    assert "unseen mean" in table and "α=0.25" not in table
-    for picture in ("curve.png", "figure5.png"):
-        assert (tmp_path / "run" / picture).stat().st_size > 1000
+    flags += ["--same", 0.99999, "--methods", *methods]
+    done = script("run_arf.sh", "tiny", "photo", *flags)
+    full = (run / "table.md").read_text()
+    for label in ["zero-shot", *methods]:
+        assert f"| {label} |" in full and f"\n{label} " in done.stdout
+    assert "| arf α=0.5 |" in full and "unseen mean" in full and "α=0.25" not in full
+    for picture in ("curve.png", "figure5.png", "losses.png"):
+        assert (run / picture).stat().st_size > 1000
 
-    rows = results.read(tmp_path / "run")
-    measured = [r for r in rows if r["measure"] == "accuracy" and r["split"] == "test" and r["seed"] == 1]
-    means = {"photo", "OOD mean", "unseen mean"}
-    everything = means | {"sketch", "cartoon", "extended"}
-    everything |= {f"unseen {domain}" for domain in ("photo", "sketch", "cartoon")}
-
-    def domains(alpha):
-        return {r["domain"] for r in measured if (r["method"], r["alpha"]) == ("arf", alpha)}
-
-    assert domains(1) == domains(0.5) == everything and domains(0.75) == means
-    assert len({(r["method"], r["alpha"]) for r in measured}) == 1 + 6 * 4
-    trained = {r["method"]: r["trained"] for r in measured if r["method"] != "zero-shot"}
-    assert trained["finetune"] == "image tower, head" and trained["flyp"] == "both towers"
-    available = {r["value"] for r in rows if r["measure"] == "available"}
-    assert available == {40}
+    records = read_records(run)
+    accuracies = {
+        (r["method"], r["alpha"]): r for r in records if r["kind"] == "accuracy" and r["seed"] == 1
+    }
+    assert len(accuracies) == 1 + 6 * 4
+    domains = {"photo", "sketch", "cartoon"}
+    expected = domains | {"OOD mean", "extended", "unseen mean"} | {f"unseen {domain}" for domain in domains}
+    assert all(r["values"].keys() == expected for r in accuracies.values())
+    assert accuracies["finetune", 1.0]["trained"] == "image tower, head"
+    assert accuracies["flyp", 1.0]["trained"] == "both towers"
+    [pairs] = [r for r in records if r["kind"] == "pairs"]
+    assert pairs["values"]["available"] == 40
 
 
-@pytest.mark.parametrize("arguments, says", [
+def test_the_table_answers_the_command_whatever_else_is_in_the_folder(script, tiny_data, tiny_clip, tmp_path):
+    flags = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1]
+    flags += ["--mapper-steps", 2, "--run", tmp_path / "run"]
+    script("run_ldfs.sh", *flags)
+    done = script("run_arf.sh", *flags, "--methods", "finetune", "flyp", "--alphas")
+    assert "\nflyp " in done.stdout and "lads" not in done.stdout
+    assert "| lads |" not in (tmp_path / "run" / "table.md").read_text()
+    both = {r["method"] for r in read_records(tmp_path / "run")}
+    assert {"lads", "ldfs", "flyp"} <= both
+
+
+def test_each_stage_runs_alone_and_makes_what_it_needs(script, tiny_data, tiny_clip, tmp_path):
+    flags = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1]
+    flags += ["--mapper-steps", 2, "--methods", "ldfs", "--run"]
+    alone = script("evaluate.py", *flags, tmp_path / "evaluate").stdout
+    for stage in (["mapper.py"], ["finetune.py"], ["anchors.py", "caption"]):
+        script(*stage, *flags, tmp_path / "stages")
+    assert [*(tmp_path / "stages").glob("checkpoints/*.pt")] and not [*(tmp_path / "stages").glob("scores/*")]
+    stages = script("evaluate.py", *flags, tmp_path / "stages").stdout
+    table = [line for line in alone.splitlines() if line.startswith(("zero-shot", "ldfs"))]
+    assert len(table) >= 2 and all(line in stages for line in table)
+
+
+@pytest.mark.parametrize("arguments, message", [
     (["tiny", "photo", "--methods", "flip"], "unknown recipe 'flip'"),
     (["tiny", "photo", "--methods", "flyp+retrieved"], "could not fetch pixparse/cc3m-wds"),
-    (["tiny", "photo", "--pool", "nowhere", "--methods", "flyp+retrieved"], "nowhere: no webdataset shards there"),
+    (["tiny", "photo", "--pool", "nowhere", "--methods", "flyp+retrieved"], "nowhere has no webdataset shards"),
     (["tiny", "--kk", "1"], "unrecognized arguments: --kk 1"),
     (["tiny", "photo", "--train", "head"], "invalid choice: 'head'"),
     ([], "the following arguments are required: dataset"),
 ])
-def test_bad_input_to_run_arf(script, tiny_data, tmp_path, arguments, says):
-    common = ["--data", tiny_data, "--run", tmp_path / "run"] if arguments else []
+def test_bad_input_to_run_arf(script, tiny_data, tiny_clip, tmp_path, arguments, message):
+    common = ["--data", tiny_data, "--model", tiny_clip, "--run", tmp_path / "run"] if arguments else []
     done = script("run_arf.sh", *arguments, *common, code=2)
-    assert says in done.stderr, done.stderr
+    assert message in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("arguments, says", [
+@pytest.mark.parametrize("arguments, message", [
     (["emojy", "3d"], "unknown data set 'emojy'"),
     (["tiny", "foto"], "no domain 'foto'"),
-    (["tiny", "photo", "--model", "local-dir:/nowhere"], "--model local-dir:/nowhere: could not load it"),
+    (["tiny", "photo", "--model", "local-dir:/nowhere"], "--model local-dir:/nowhere: could not be loaded"),
     (["tiny", "photo", "--methods", "ldsf"], "unknown recipe 'ldsf'"),
     (["tiny", "photo", "--seed", "1"], "unrecognized arguments: --seed 1"),
     (["tiny", "photo", "--seeds", "0"], "--seeds: 0 is not a number above 0"),
 ])
-def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, arguments, says):
-    # relative paths are as told from where one stands
+def test_bad_input_is_one_line_and_status_2(script, tiny_data, tmp_path, arguments, message):
+    # relative paths are relative to the folder where the user is
     done = script("run_ldfs.sh", *arguments, "--data", "data", "--run", "run", code=2)
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and says in lines[0], done.stderr
+    assert len(lines) == 1 and message in lines[0], done.stderr
 
 
 @pytest.mark.parametrize("name, arguments, code", [
     ("run_ldfs.sh", ["tiny", "foto", "--data", "data"], 2), ("run_arf.sh", ["tiny", "--help"], 0),
 ])
 def test_as_their_users_start_them(name, arguments, code, tiny_data, tmp_path):
-    """In a shell, not at the root: relative paths are from there, the first stage that fails is
-    the last, and --help is of all flags, once.
+    """In a shell, from another folder: relative paths are relative to it, and a bad argument is one
+    line.
     """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -113,4 +141,4 @@ def test_as_their_users_start_them(name, arguments, code, tiny_data, tmp_path):
         env={**os.environ, "PATH": path},
     )
     assert done.returncode == code and len(done.stderr.splitlines()) == (code > 0), done.stderr
-    assert "no domain 'foto'" in done.stderr if code else done.stdout.count("--ablate ") == 1
+    assert "no domain 'foto'" in done.stderr if code else "--ablate" in done.stdout

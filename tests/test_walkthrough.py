@@ -7,8 +7,8 @@ import matplotlib
 import pytest
 from conftest import ROOT
 
-from config import flags
-from methods import parse_method
+from core.config import parse
+from core.methods import parse_method
 
 FILE = ROOT / "walkthrough.ipynb"
 CELLS = json.loads(FILE.read_text(encoding="utf-8"))["cells"]
@@ -17,11 +17,13 @@ TEXT = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] 
 
 
 def test_it_is_a_notebook_without_outputs():
-    """Of format 4.5, in which each cell has an id; Jupyter keeps what was printed, git should not."""
+    """Its format is 4.5, in which each cell has an id, and it is written as Jupyter writes it."""
     notebook = json.loads(FILE.read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert FILE.stat().st_size < 200_000
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    assert FILE.read_text(encoding="utf-8") == text
     ids = [cell["id"] for cell in CELLS]
     assert len({*ids}) == len(ids) and all(re.fullmatch(r"[\w-]{1,64}", name) for name in ids)
     for cell in CELLS:
@@ -43,65 +45,75 @@ def test_its_reading_order_is_the_readme_s():
 
 
 def test_the_setting_for_a_gpu_can_be_run():
-    """Its flags exist, and no method needs a pool, which there is no room for."""
+    """Its flags exist, and no method needs a pool, for which a free machine has no room."""
     settings = {}
     exec(CODE["settings"] + "\n" + CODE["pacs"].replace("PACS = False", "PACS = True"), settings)
     assert (settings["DATASET"], settings["SOURCE"]) == ("pacs", "photo")
     argv = [settings["DATASET"], settings["SOURCE"], *settings["FLAGS"].split()]
-    methods = [parse_method(name) for name in flags("").parse_args(argv).methods]
+    methods = [parse_method(name) for name in parse("", argv).methods]
     assert methods and not any(method.retrieved for method in methods)
 
 
 @pytest.fixture
 def walk(tmp_path, monkeypatch):
-    """Run all code cells in one namespace, as a kernel would: walk(settings) -> (what they name,
-    what they display), on "tiny" beside a clone of the repository.
+    """Run all code cells in one namespace, as a kernel would: walk(data, *flags) -> (the namespace,
+    what the cells display), on "tiny" beside a clone of the repository.
     """
     matplotlib.use("Agg")
 
-    def call(data, *more):
-        shown, settings = [], [*map(str, more), "--data", str(data), "--run", str(tmp_path / "run")]
+    def call(tiny_data, *flags):
+        displayed, flags = [], [*flags, "--data", tiny_data, "--run", tmp_path / "run"]
 
-        def display(thing):
-            thing._repr_html_() if hasattr(thing, "_repr_html_") else thing._repr_png_()
-            shown.append(thing)
+        def display(content):
+            content._repr_html_() if hasattr(content, "_repr_html_") else content._repr_png_()
+            displayed.append(content)
 
         (tmp_path / "clone").symlink_to(ROOT)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["kernel"])
-        monkeypatch.setenv("TQDM_DISABLE", "")  # and after the test it is as it was
+        monkeypatch.setenv("TQDM_DISABLE", "")  # monkeypatch restores it after the test
         monkeypatch.syspath_prepend(ROOT)  # likewise
-        tiny = f'DATASET, SOURCE, FLAGS = "tiny", "photo", {" ".join(settings)!r}'
+        tiny = f'DATASET, SOURCE, FLAGS = "tiny", "photo", {" ".join(map(str, flags))!r}'
         names = {"display": display}
         for name, code in {**CODE, "settings": tiny}.items():
             exec(compile(code, f"walkthrough.ipynb, {name}", "exec"), names)
-        return names, shown
+        return names, displayed
 
     yield call
     matplotlib.pyplot.close("all")
 
 
-def test_it_runs(walk, tiny_data, tiny_clip, tiny_pool, tmp_path):
+def test_it_runs(walk, tiny_data, tiny_clip, tiny_pool, tmp_path, capsys):
     methods = ["finetune", "lads", "ldfs", "flyp", "arf"]
-    names, shown = walk(
+    names, displayed = walk(
         tiny_data, "--model", tiny_clip, "--pool", tiny_pool, "--seeds", 1, "--epochs", 1, "--alphas",
         0.5, "--mapper-steps", 2, "--same", 0.99999, "--methods", *methods,
     )
-    untrained = shown[0].loc["ẑ = z"]  # shifts nowhere, and keeps all angles
+    untrained = displayed[0].loc["ẑ = z"]  # moves nowhere, and keeps all angles
     assert untrained["L_ld"] == 1 and untrained["L_pair"] == 0
-    table = names["means"].xs(1, level="alpha")
-    assert [*table.index] == ["zero-shot", *methods] and {"ID", "OOD mean"} <= {*table.columns}
-    assert ("arf", 0.5) in names["means"].index
-    for picture in ("neighbours", "figure4", "figure5", "curve"):
-        assert (tmp_path / "run" / f"{picture}.png").stat().st_size > 1000, picture
-    assert len(shown) == 3 + 4  # tables and pictures
+    measures = displayed[2]
+    assert [*measures.columns] == ["ldfs", "ldfs:pair=0"]
+    assert {"follows", "angles", "unique neighbours"} <= {*measures.index}
+    assert [len(history) for history in names["histories"].values()] == [2, 2]
+    measured = {(r["method"], r["alpha"]) for r in names["records"]}
+    assert measured == {("zero-shot", 1), *((m, alpha) for m in methods for alpha in (1, 0.5))}
+    assert all({"photo", "OOD mean"} <= r["values"].keys() for r in names["records"])
+    printed = capsys.readouterr().out
+    table = printed[printed.index("accuracy in per cent"):]
+    assert all(f"\n{method} " in table for method in ("zero-shot", *methods, "arf α=0.5"))
+    assert "def ldfs_losses(" in printed and "def arf_losses(" in printed
+    pictures = {path.name for path in (tmp_path / "run").glob("*.png") if path.stat().st_size > 1000}
+    assert pictures == {
+        "mapper_losses.png", "neighbours.png", "figure5.png", "losses.png", "curve.png", "figure4.png",
+    }
+    assert len(displayed) == 2 + len(pictures)  # two tables
 
 
 def test_it_runs_without_a_pool_or_pictures_of_it(walk, tiny_data, tiny_clip, tmp_path):
     """As it does on PACS."""
-    names, shown = walk(
+    names, displayed = walk(
         tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1, "--alphas", 0.5,
         "--mapper-steps", 2, "--methods", "ldfs", "flyp+captions",
     )
-    assert "flyp+captions" in names["means"].index.unique("method")
-    assert not (tmp_path / "run" / "figure5.png").exists() and len(shown) == 3 + 3
+    assert "flyp+captions" in {r["method"] for r in names["records"]}
+    assert not (tmp_path / "run" / "figure5.png").exists() and len(displayed) == 2 + 5

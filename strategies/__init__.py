@@ -1,0 +1,1 @@
+"""Finetuning strategies: which part of CLIP, or beside it, is trained, and how it classifies."""

@@ -1,0 +1,225 @@
+"""All that test_reference.py knows of the program: how to run it, and where to read its results.
+
+This module is the only one to rewrite when the program's modules, functions or files change. A new
+version needs what the docstrings below say, and nothing else. Paths of images are relative to the
+data set's folder ("photo/cat/003.png"); an image of the pool is named by the SHA-256 of its file,
+in hex digits; tensors are on the CPU.
+"""
+
+import contextlib
+import functools
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from unittest import mock
+
+import open_clip
+import torch
+
+import anchors
+import batches
+import evaluate
+import features
+import finetune
+import mapper
+import run as run_script
+import sets.load
+from report import figures, quality
+
+get_tokenizer = functools.cache(open_clip.get_tokenizer)
+RUNS = {}  # {folder: (settings, dataset, clip, records) of its last run}
+
+
+@dataclass
+class TrainingBatch:
+    """One batch, as the training loop was given it.
+
+    `method` is the name in --methods; the linear probe that lpft starts from is "lpft-probe".
+    `step` counts from 0 in each epoch. A field is None where the method does not use it.
+    """
+
+    method: str
+    seed: int
+    epoch: int
+    step: int
+    paths: list                             # of the B images
+    labels: torch.Tensor                    # (B,) indices of the sorted class folders
+    pixels: torch.Tensor | None = None      # (B, 3, H, W) augmented; None: trained on features
+    prompts: torch.Tensor | None = None     # (B, L) tokens of a prompt of each image's class
+    captions: torch.Tensor | None = None    # (B, L) tokens of each image's caption
+    pool: list | None = None                # of the R retrieved pairs: the images' names,
+    pool_pixels: torch.Tensor | None = None  # (R, 3, H, W) the augmented images,
+    pool_texts: torch.Tensor | None = None   # (R, L) the tokens of the texts
+
+
+@dataclass
+class Record:
+    """What a run did that its results do not say.
+
+    batches: every TrainingBatch, in the order of training. Empty: all checkpoints were reused.
+    figure4: what LDFS's figure 4 shows, {(recipe, domain): paths}, where paths are, column by
+    column, of the nearest real image; {("source", None): paths} are the source images above them.
+    figure5: what ARF's figure 5 shows, [(image path, caption, pair)] column by column, where pair is
+    (cosine, the pool image's name, its text), or None if nothing was retrieved for the image.
+    A figure is None if it was not drawn.
+    """
+
+    batches: list = field(default_factory=list)
+    figure4: dict | None = None
+    figure5: list | None = None
+
+
+def run(paper, folder, *flags):
+    """Run all stages of run_ldfs.sh ("ldfs") or run_arf.sh ("arf") in this process.
+
+    folder: of the run, as --run names it; other caches may be put in its parent. flags: the rest of
+    the command line, data set and source first. Returns the Record.
+    """
+    record, job, last = Record(), [], {}
+    loaded = {"images": [], "pairs": []}  # [(locations, pixels)] from the loader, not yet used
+    true_finetune, true_batches = finetune.finetune, finetune.training_batches
+    true_image_batches = batches.image_batches
+
+    def kept(name, function):
+        """Return the function, which also stores what it returned last."""
+        def call(*args):
+            last[name] = function(*args)
+            return last[name]
+        return call
+
+    def finetune_named(settings, dataset, clip, name, seed, *rest):
+        job.append((name, seed))
+        try:
+            return true_finetune(settings, dataset, clip, name, seed, *rest)
+        finally:
+            job.pop()
+
+    def image_batches(items, transform, order, device, unreadable=None, draw=()):
+        loader = true_image_batches(items, transform, order, device, unreadable, draw)
+        for images, rows in loader:
+            if draw:  # for training
+                places = [items[i][0] for i in rows.tolist()]
+                loaded[draw[0]].append((places, images.clone()))
+            yield images, rows
+
+    def training_batches(clip, dataset, source, items, schedule, seed, method, z_all, *rest):
+        make = true_batches(clip, dataset, source, items, schedule, seed, method, z_all, *rest)
+        [*_, current] = job
+
+        def recorded(epoch):
+            for step, batch in enumerate(make(epoch)):
+                about = [*current, epoch, step]
+                if batch.z is not None:  # the rows of the features tell which images these are
+                    same = (batch.z[0][:, None] == z_all[0][None]).all(-1)
+                    rows = same.float().argmax(1).tolist()
+                    new = TrainingBatch(*about, [items[i][0].path for i in rows], batch.labels)
+                else:
+                    [(places, pixels)] = loaded["images"]
+                    new = TrainingBatch(*about, [at.path for at in places], batch.labels, pixels)
+                    new.prompts, new.captions = batch.prompts, batch.captions
+                if batch.pool_images is not None:
+                    [(places, new.pool_pixels)] = loaded["pairs"]
+                    new.pool, new.pool_texts = [*map(name_of, places)], batch.pool_texts
+                loaded["images"].clear()
+                loaded["pairs"].clear()
+                record.batches.append(new)
+                yield batch
+
+        return recorded
+
+    def draw_figure4(path, rows):
+        record.figure4 = {}
+        for label, images in rows:
+            recipe, _, domain = label.partition("\n")
+            record.figure4[recipe, domain or None] = [location.path for location, _ in images]
+
+    def draw_figure5(path, columns):
+        record.figure5 = [
+            (location.path, caption, pair and (pair[0], name_of(pair[1]), pair[2]))
+            for location, caption, pair in columns
+        ]
+
+    flags = ["--paper", paper, *map(str, flags), "--run", str(folder)]
+    with contextlib.ExitStack() as stack:
+        for module, name, new in [
+            (sys, "argv", [f"run_{paper}.sh", *flags]),
+            (finetune, "finetune", finetune_named),
+            (finetune, "training_batches", training_batches),
+            (batches, "image_batches", image_batches),
+            (sets.load, "load_run", kept("run", sets.load.load_run)),
+            (features, "load_clip", kept("clip", features.load_clip)),
+            (evaluate, "evaluate", kept("records", evaluate.evaluate)),
+            (figures, "draw_figure4", draw_figure4),
+            (figures, "draw_figure5", draw_figure5),
+            # what takes time and changes nothing
+            (figures, "draw_curve", lambda *args: None),
+            (figures, "draw_losses", lambda *args: None),
+            (open_clip, "get_tokenizer", get_tokenizer),
+        ]:
+            stack.enter_context(mock.patch.object(module, name, new))
+        run_script.main()
+    RUNS[str(folder)] = *last["run"], last["clip"], last["records"]
+    return record
+
+
+def name_of(location):
+    return hashlib.sha256(location.read()).hexdigest()
+
+
+def weights(folder, method, seed):
+    """All that a method trained in the last run, by name: the state dict of its checkpoint.
+
+    "head.weight" (C, d) and "head.bias" (C,) where it has a head, and "towers." + the names of
+    open_clip's state dict where it trains a tower.
+    """
+    settings, dataset, clip, _ = RUNS[str(folder)]
+    path = finetune.checkpoint_path(settings, dataset, clip, method, seed)
+    return torch.load(path, map_location="cpu")["modules"]
+
+
+def mapper_weights(folder, recipe, domain, seed):
+    """W₁ (384, d), b₁, W₂ (d, 384), b₂ of the mapper to `domain`, as the last run left it."""
+    settings, dataset, clip, _ = RUNS[str(folder)]
+    path = mapper.mapper_path(settings, dataset, clip, recipe, domain, seed)
+    state = torch.load(path, map_location="cpu")["mapper"]
+    return [state[f"net.{i}.{name}"] for i in (0, 2) for name in ("weight", "bias")]
+
+
+def accuracies(folder, method, seed, alpha=1):
+    """{column: per cent} of the test parts in the last run, as its table shows them.
+
+    Columns: the source, each target, "OOD mean", and where the method can name other classes
+    "unseen DOMAIN" for each domain of the unseen data set, and "unseen mean". `method` may be
+    "zero-shot". alpha: the share of the finetuned weights.
+    """
+    [values] = [
+        record["values"] for record in RUNS[str(folder)][3]
+        if (record["method"], record["seed"], record["alpha"]) == (method, seed, alpha)
+    ]
+    return {name: value for name, value in values.items() if name != "extended"}
+
+
+def feature_measures(folder, recipe, domain, seed):
+    """{"domain consistency", "class consistency", "unique neighbours"}, per cent, of the features
+    that the mapper synthesises from held-out images.
+    """
+    settings, dataset, clip, _ = RUNS[str(folder)]
+    records, _ = quality.synthesis_records(settings, dataset, clip)
+    [values] = [
+        record["values"] for record in records
+        if (record["method"], record["domain"], record["seed"]) == (recipe, domain, seed)
+    ]
+    return values
+
+
+def retrieved(folder):
+    """The pairs that the last run took from the pool, in the pool's order.
+
+    [(the image's name, text, {path of the source image that found it: cosine})].
+    """
+    settings, dataset, clip, _ = RUNS[str(folder)]
+    pairs = anchors.retrieve_pairs(settings, dataset, clip)["pairs"]
+    return [
+        (name_of(anchors.pair_location(settings, dataset, pair)), pair["text"], pair["queries"])
+        for pair in pairs
+    ]
