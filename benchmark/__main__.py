@@ -96,7 +96,7 @@ class Report:
             [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
             for values in ([row.get(column, "") for column in columns] for row in table)
         ]
-        heads = [textwrap.fill(column, 10) for column in columns]
+        heads = [textwrap.fill(column, 13, break_long_words=False) for column in columns]
         print(f"\n{title}:\n\n{aligned(heads, lines)}", flush=True)
 
 

@@ -545,7 +545,22 @@ def test_a_model_may_move(world, script):
 
 
 # -------------------------------------------------------------------------------------------------
-# Killed runs, and two runs at once
+# Damaged files, killed runs, and two runs at once
+
+
+@pytest.mark.parametrize("pattern", [
+    "../.features/tiny-photo-*.pt", "pairs/*.json", "mappers/*.pt", "checkpoints/arf-*.pt", "checkpoints/arf-*.json",
+    "scores/zero-shot-*.json", "scores/arf-*-alpha1-*.json",
+])
+def test_a_damaged_file_is_named_and_made_again_once_it_is_deleted(world, script, pattern):
+    [path] = world.run.glob(pattern)
+    table = (world.run / "table.md").read_text()
+    path.write_bytes(path.read_bytes()[:20])
+    error = script("run.py", *world.flags(), code=2).stderr
+    assert path.name in error and "Delete it and run again" in error
+    path.unlink()
+    script("run.py", *world.flags())
+    assert path.exists() and (world.run / "table.md").read_text() == table
 
 
 def fork(call, output):
