@@ -81,8 +81,10 @@ def caption_source(settings, dataset):
         return
     rank, world = rank_and_world()
     if rank == 0:
-        name = settings.captioner
+        name, images = settings.captioner, {data.image_key(at.path) for at, _ in items}
         print(f"{path}: {len(missing)} of {len(items)} captions are missing; {name} writes them")
+        if unmatched := rows.keys() - images:
+            print(f"{path}: {len(unmatched)} rows match no image of {settings.source}")
     write_captions(settings, [items[i][0] for i in missing[rank::world]], path, by)
     barrier()
 
