@@ -8,6 +8,7 @@ Both use the source's images only; ITAR compares what it retrieves with the test
 them out. A killed run goes on where it stopped.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -21,9 +22,19 @@ import data
 from batches import image_batches, in_order
 from core.artifacts import artifact, artifact_path, digest, file_stamp, load, stamps
 from core.config import make_parser, parse
-from core.distributed import agree, barrier, get_device, leave, progress_bar, rank_and_world
+from core.distributed import (
+    agree,
+    barrier,
+    gather_to_main,
+    get_device,
+    leave,
+    main_print,
+    main_process_first,
+    progress_bar,
+    rank_and_world,
+)
 from core.results import record
-from core.utils import fail, warn
+from core.utils import fail, is_out_of_memory, warn
 from data import Location
 from features import cached_features, features_key, load_captioner, load_clip, zero_shot_head
 from sets.load import load_run, load_unseen, pool_shards
@@ -69,6 +80,8 @@ def caption_source(settings, dataset):
     torchrun each rank captions its share.
     """
     path, items = dataset.captions, dataset.trainable(settings.source)
+    if settings.captions and not path.exists() and not settings.replace_captions:
+        fail(f"--captions {path}: no such file. To write a new one, pass --captioner as well.")
     rows, by = data.read_captions(path) if path.exists() else {}, captioner_of(settings)
 
     def valid(location):
@@ -79,13 +92,11 @@ def caption_source(settings, dataset):
     missing = agree([i for i, (location, _) in enumerate(items) if not valid(location)])
     if not missing:
         return
-    rank, world = rank_and_world()
-    if rank == 0:
-        name, images = settings.captioner, {data.image_key(at.path) for at, _ in items}
-        print(f"{path}: {len(missing)} of {len(items)} captions are missing; {name} writes them")
-        if unmatched := rows.keys() - images:
-            print(f"{path}: {len(unmatched)} rows match no image of {settings.source}")
-    write_captions(settings, [items[i][0] for i in missing[rank::world]], path, by)
+    name, images = settings.captioner, {data.image_key(at.path) for at, _ in items}
+    main_print(f"{path}: {len(missing)} of {len(items)} captions are missing; {name} writes them")
+    if unmatched := rows.keys() - images:
+        main_print(f"{path}: {len(unmatched)} rows match no image of {settings.source}")
+    write_captions(settings, [items[i][0] for i in missing], path, by)
     barrier()
 
 
@@ -108,32 +119,44 @@ def end_last_line(path):
 
 
 def write_captions(settings, locations, path, by):
-    """Append a line {"path", "caption", "by", "size", "time"} to `path` for each image."""
+    """Append a line {"path", "caption", "by", "size", "time"} to `path` for each image.
+
+    Under torchrun each rank captions its share, and rank 0 writes, because several machines cannot
+    append to one file of a network file system.
+    """
+    (rank, world), size = rank_and_world(), settings.caption_batch
+    own, rounds = locations[rank::world], -(-len(locations[::world]) // size)
+    decoding = settings.prompt, settings.beams, settings.max_tokens
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if rank_and_world()[0] == 0:
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
             end_last_line(path)
-        barrier()  # no rank appends before
-        if not locations:
-            return
-        with open(path, "ab", buffering=0) as file:  # unbuffered: a batch of lines in one write
-            model, processor = load_captioner(settings.captioner, get_device())
-            batches = in_order(len(locations), settings.caption_batch)
-            for indices in progress_bar(batches, desc="captions"):
-                batch = [locations[i] for i in indices]
+            append_lines(path, [])  # before the captioner is loaded: fails if this cannot work
+        model, processor = load_captioner(settings.captioner, get_device())
+        for number in progress_bar(range(rounds), desc="captions"):
+            batch, lines = own[number * size:(number + 1) * size], []
+            if batch:
                 images = [open_image(location) for location in batch]
-                decoding = settings.prompt, settings.beams, settings.max_tokens
                 captions = caption_images(model, processor, images, *decoding)
-                lines = [
-                    caption_line(location, caption, by)
-                    for location, caption in zip(batch, captions)
-                ]
-                content = "".join(lines).encode()
-                n = file.write(content)
-                if n < len(content):  # the disk is full, and a second write raises the reason
-                    file.write(content[n:])
+                lines = [caption_line(at, caption, by) for at, caption in zip(batch, captions)]
+            lines = gather_to_main(lines)
+            if rank == 0:
+                append_lines(path, lines)
     except OSError as error:
         fail(f"{path}: could not be written ({error.strerror}). Make room, or pass --captions.")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory with --caption-batch {size}. Pass {max(1, size // 4)}; it goes on.")
+
+
+def append_lines(path, lines):
+    """Append lines to a file in one write, so that a kill leaves all of them or none."""
+    content = "".join(lines).encode()
+    with open(path, "ab", buffering=0) as file:
+        written = file.write(content)
+        if written < len(content):  # the disk is full, and a second write raises the reason
+            file.write(content[written:])
 
 
 def open_image(location):
@@ -232,9 +255,9 @@ def merge(parts, n_queries, k):
     return scores, ids
 
 
-def search_shard(clip, shard, folder, queries, k):
+def search_shard(clip, shard, folder, queries, key, k):
     """Return (scores, ids, length) of `search` in one shard, a part of `merge`; it is stored in
-    `folder`.
+    `folder`. key: a hash of the queries.
     """
 
     def find():
@@ -242,7 +265,7 @@ def search_shard(clip, shard, folder, queries, k):
         scores, ids = search(queries, [z], k)
         return scores, ids.int(), len(z)
 
-    inputs = (*features_key(clip, []), shard_stamps([shard]), digest(queries), k)
+    inputs = (*features_key(clip, []), shard_stamps([shard]), key, k)
     return artifact(artifact_path(folder, f"nearest-{shard.stem}", inputs), find)
 
 
@@ -283,24 +306,28 @@ def retrieve_pairs(settings, dataset, clip):
     path = artifact_path(settings.run / "pairs", "retrieved", inputs, ".json")
     if not agree(path.exists()):
         queries = query_features(settings, dataset, clip)
+        key = digest(queries)
         rank, world = rank_and_world()
         for shard in progress_bar(shards[rank::world], desc="searching the pool"):
-            search_shard(clip, shard, settings.cache, queries, settings.k)
+            search_shard(clip, shard, settings.cache, queries, key, settings.k)
         barrier()
-        bench = [
-            cached_features(clip, tested, domain, items, settings.cache)
-            for tested in test_sets for domain, items in tested.images.items()
-        ]
-        if rank == 0:
-            artifact(path, lambda: choose_pairs(settings, dataset, clip, shards, queries, bench))
-        barrier()
+        choose = functools.partial(
+            choose_pairs, settings, dataset, clip, shards, queries, key, test_sets
+        )
+        main_process_first(lambda: artifact(path, choose))
     return load(path)
 
 
-def choose_pairs(settings, dataset, clip, shards, queries, bench):
+def choose_pairs(settings, dataset, clip, shards, queries, key, test_sets):
     """Return the content of `retrieve_pairs` from the shards' nearest pairs."""
-    parts = (search_shard(clip, shard, settings.cache, queries, settings.k) for shard in shards)
-    scores, ids = merge(parts, len(queries), settings.k)
+    nearest = (
+        search_shard(clip, shard, settings.cache, queries, key, settings.k) for shard in shards
+    )
+    scores, ids = merge(nearest, len(queries), settings.k)
+    bench = [
+        cached_features(clip, tested, domain, items, settings.cache)
+        for tested in test_sets for domain, items in tested.images.items()
+    ]
     queries_of = {}  # {id in the pool: {query: score}}
     names = query_names(settings, dataset)
     for name, query_scores, query_ids in zip(names, scores.tolist(), ids.tolist()):
@@ -378,15 +405,19 @@ def pair_records(settings, dataset, clip):
 def main():
     """Run one stage: anchors.py caption|retrieve DATASET [SOURCE] [flags]."""
     stage, *argv = sys.argv[1:] or [""]
+    if stage in ("-h", "--help"):
+        print(__doc__)
+        parse(__doc__, [stage])
     if stage not in ("caption", "retrieve"):
         fail("name a stage: python anchors.py caption|retrieve DATASET [SOURCE] [flags]")
     settings, dataset = load_run(parse(__doc__, argv))
     if stage == "caption":
         caption_source(settings, dataset)
-        print(caption_summary(settings, dataset))
+        if rank_and_world()[0] == 0:
+            print(caption_summary(settings, dataset))
     else:
         counts = retrieve_pairs(settings, dataset, load_clip(settings))["counts"]
-        print("pairs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+        main_print("pairs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
     leave()
 
 

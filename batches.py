@@ -1,4 +1,4 @@
-"""Batches: one loader for all images, and what a training step is given, in a reproducible order."""
+"""Batches: one loader for all images, and what a training step gets, in a reproducible order."""
 
 import functools
 import math
@@ -96,8 +96,11 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
     Order, augmentation and prompts depend on (seed, epoch) alone. So a resumed run equals an
     uninterrupted one (on a CPU to the bit), and several ranks draw what one process draws.
     z: (K + 1, N, d) features z, ẑ^1 … ẑ^K if the image tower is frozen, else None.
-    captions: a text of each item. pairs: [(Location, text)] retrieved from the pool.
+    captions: a list of texts of each item. pairs: [(Location, text)] retrieved from the pool.
+    CHOICE: of several captions of an image, one is drawn in each epoch; alternative: all of them,
+    as positives of one image.
     """
+    captions = [[texts] if isinstance(texts, str) else texts for texts in captions]
     labels = torch.tensor([label for _, label in items])
     classnames, templates = data.prompt_templates(dataset, source)
     tokens = torch.stack([clip.tokenizer([t(name) for name in classnames]) for t in templates])
@@ -108,6 +111,12 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
         order = torch.randperm(len(items), generator=generator).split(schedule.batch_size)
         template = torch.randint(len(tokens), (len(items),), generator=generator)  # of each image
         return order, template
+
+    def draw_captions(epoch):
+        """Return a text of each item, drawn by a generator of its own."""
+        generator = torch.Generator().manual_seed(int(digest("captions", seed, epoch)[:8], 16))
+        draws = torch.rand(len(captions), generator=generator).tolist()
+        return [texts[int(draw * len(texts))] for draw, texts in zip(draws, captions)]
 
     def feature_batches(epoch):
         order, _ = epoch_order(epoch)
@@ -136,6 +145,7 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
 
     def image_and_text_batches(epoch):
         order, template = epoch_order(epoch)
+        texts = draw_captions(epoch)
         locations = [location for location, _ in items]
         order = [rows.tolist() for rows in order]
         pool = pair_batches(epoch) if method.retrieved else None
@@ -145,7 +155,7 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
             if method.contrastive:
                 batch.prompts = tokens[template[rows], labels[rows]]
             if method.captions:
-                batch.captions = clip.tokenizer([captions[row] for row in rows.tolist()])
+                batch.captions = clip.tokenizer([texts[row] for row in rows.tolist()])
             if method.retrieved:
                 batch.pool_images, batch.pool_texts = next(pool)
                 batch.n_pairs = schedule.batch_size

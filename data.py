@@ -157,8 +157,8 @@ class Meta:
             require(isinstance(value, f.type), f"{f.name} cannot be {value!r}")
         phrases = self.phrases.values()
         require(
-            len(phrases) >= 2 and all(is_text(text) and not {*"{}"} & {*text} for text in phrases),
-            'phrases of two domains or more have to be texts such as "a photo"',
+            phrases and all(is_text(text) and not {*"{}"} & {*text} for text in phrases),
+            'phrases of one domain or more have to be texts such as "a photo"',
         )
         fractions = self.fractions.values()
         require(
@@ -298,11 +298,13 @@ def prompt_templates(dataset, source, domain=None):
 
 
 def read_captions(path):
-    """Return {image_key: row} of a captions.jsonl file. The last row of an image counts.
+    """Return {image_key: row} of a captions.jsonl file.
 
     A row has "path" and "caption". A captioner's row also has "by", and "size" and "time" of the
-    image's file. Exits with status 2 if the file or a line of it cannot be read. Text behind the
-    last line's end that is no row is ignored: a killed run was writing it.
+    image's file. The last row of an image counts; of rows by people, such as COCO's five, all do:
+    "captions" lists them if there are several, and "caption" is the first. Exits with status 2 if
+    the file or a line of it cannot be read. Text behind the last line's end that is no row is
+    ignored: a killed run was writing it.
     """
     return parse_captions(path, file_stamp(path) if os.path.exists(path) else None)
 
@@ -320,11 +322,28 @@ def parse_captions(path, stamp):
             continue
         try:
             row = json.loads(line)
-            rows[image_key(row["path"])] = {**row, "caption": row["caption"].strip()}
+            key, caption = image_key(row["path"]), row["caption"].strip()
+            row = {**row, "caption": caption}
+            row.pop("captions", None)
+            if "by" not in row and "by" not in rows.get(key, row):
+                row |= joined([*texts_of(rows.get(key, {"caption": ""})), caption])
+            rows[key] = row
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(lines):
                 fail(f'{path}, line {number}: not {{"path": …, "caption": …}}. Correct it.')
     return rows
+
+
+def joined(texts):
+    """Return the fields of a row of people's texts; "captions" only if there are several."""
+    texts = [text for text in texts if text]
+    several = {"captions": texts} if len(texts) > 1 else {}
+    return {"caption": texts[0] if texts else "", **several}
+
+
+def texts_of(row):
+    """Return all texts of a row of `read_captions`."""
+    return row.get("captions", [row["caption"]])
 
 
 def valid_caption(row, location):
@@ -338,13 +357,19 @@ def valid_caption(row, location):
     return (row.get("size"), row.get("time")) == file_stamp(location.file)
 
 
+@functools.cache  # it is asked for each caption several times in a run
 def repeats_itself(caption):
     """Return whether words occur three times in a row, "a cat a cat a cat": beam search failed."""
     return re.search(r"\b(\w[\w ]*?)\b(?:,? \1\b){2}", caption) is not None
 
 
 def captions(dataset, items):
-    """Return c_i: one text for each of N items, its row in the captions file.
+    """Return c_i: one text for each of N items, the first of `all_captions`."""
+    return [texts[0] for texts in all_captions(dataset, items)]
+
+
+def all_captions(dataset, items):
+    """Return a list of texts for each of N items: of its row in the captions file, or its rows.
 
     CHOICE: a captioner's text that is empty or repeats itself is replaced by the class prompt in
     the words of the image's domain; alternative: leave the image out.
@@ -365,17 +390,17 @@ def captions(dataset, items):
             f"{dataset.captions} has no caption for {len(missing)} of {len(items)} images, "
             f"{missing[0]} first; {unmatched} of its rows match no image. {remedy}."
         )
-    texts = [row["caption"] for row in rows]
+    texts = [texts_of(row) for row in rows]
     useless = [
-        i for i, (row, text) in enumerate(zip(rows, texts))
-        if "by" in row and (not text or repeats_itself(text))
+        i for i, row in enumerate(rows)
+        if "by" in row and (not row["caption"] or repeats_itself(row["caption"]))
     ]
     if useless:
         domain_of = {at: d for d, pairs in dataset.images.items() for at, _ in pairs}
         prompts = {domain: class_texts(dataset, domain) for domain in dataset.images}
     for i in useless:
         location, label = items[i]
-        texts[i] = prompts[domain_of[location]][label]
+        texts[i] = [prompts[domain_of[location]][label]]
     return texts
 
 
@@ -391,6 +416,8 @@ def caption_texts(dataset, domain, items):
 
     CHOICE: a caption that itself starts with "a photo of" loses these words, because otherwise the
     prompt would name two media; alternative: keep them.
+    CHOICE: of several captions of an image the first, because features of the texts are computed
+    once; alternative: the mean of their features.
     """
     phrase = dataset.meta.phrases[domain]
     return [f"{phrase} of {MEDIUM.sub('', caption)}" for caption in captions(dataset, items)]

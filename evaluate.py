@@ -1,4 +1,4 @@
-"""Evaluate: accuracy on the source, on unseen domains and on unseen classes, and the papers' figures.
+"""Evaluate: accuracy on the source, unseen domains and unseen classes, and the papers' figures.
 
     python evaluate.py emoji 3d --paper arf --alphas 0.5      # every method, trained where needed
     python -m report.tables runs/pacs-photo                   # tables of all that a folder contains
@@ -22,14 +22,14 @@ import torch.nn.functional as F
 import anchors
 import data
 from core.artifacts import artifact, artifact_path, digest, load, save, stamps, write_atomically
-from core.config import describe, parse
+from core.config import parse
 from core.distributed import progress_bar, require_one_process
 from core.methods import FROZEN_TOWERS, TRAINED, recipes_of
 from core.results import record
-from core.utils import fail, warn
+from core.utils import one_line, warn
 from features import cached_features, encode_images, load_clip, towers_of, zero_shot_head
 from finetune import checkpoint_path, finetune, history_path
-from mapper import mapper_artifacts, mapper_records
+from mapper import describe_run, mapper_artifacts, mapper_records
 from report import figures, quality, tables
 from sets.load import load_run, load_unseen
 from strategies.clipstyler import style_pictures, style_records
@@ -160,8 +160,6 @@ def evaluate(settings, dataset, clip):
     Checkpoints that are not stored are trained first.
     """
     unseen = load_unseen(dataset)
-    if unseen and settings.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
-        fail(f"{unseen.name}, the unseen classes of {dataset.name}, lacks {settings.source}.")
     for domain, remedy in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
         print(f"not run: {domain} ({remedy})")
     test_key = test_inputs(settings, dataset, unseen)
@@ -174,6 +172,15 @@ def evaluate(settings, dataset, clip):
         else:
             records += method_records(settings, dataset, unseen, clip, name, seed, test_key)
     return records
+
+
+def encode_test_images(settings, dataset, clip):
+    """Encode all test images by the original weights: an unreadable one is named before the long
+    training, and nothing is computed twice, because zero-shot accuracy needs these features anyway.
+    """
+    for tested in (dataset, load_unseen(dataset)):
+        for domain, items in (tested.images.items() if tested else ()):
+            cached_features(clip, tested, domain, items, settings.cache)
 
 
 def test_inputs(settings, dataset, unseen):
@@ -192,20 +199,31 @@ def test_inputs(settings, dataset, unseen):
 
 
 def zero_shot_record(settings, dataset, unseen, clip, seed, test_key):
-    """Return the record of the original weights. Unseen classes are measured if a method of the run
-    can name them: a linear head knows its own classes only.
-    """
-    open_set = any(method.train != "linear" for method in settings.methods.values())
-    inputs = clip.key, test_key, seed, open_set
-    path = artifact_path(settings.run / "scores", f"zero-shot-seed{seed}", inputs, ".json")
+    """Return the record of the original weights."""
 
     def measure_zero_shot():
-        unseen_set = unseen if open_set else None
         features_of = original_features(settings, clip)
-        scores = measure(settings, dataset, unseen_set, clip, seed, features_of, trained=None)
+        scores = measure(settings, dataset, unseen, clip, seed, features_of, trained=None)
         return record(settings, "accuracy", "zero-shot", seed, **scores)
 
-    return artifact(path, measure_zero_shot)
+    inputs = clip.key, test_key, seed, names_of(settings)
+    path = artifact_path(settings.run / "scores", f"zero-shot-seed{seed}", inputs, ".json")
+    return score(path, measure_zero_shot)
+
+
+def names_of(settings):
+    """Return the names in every record, which are part of what decides a stored one."""
+    return settings.dataset, settings.source, settings.model
+
+
+def score(path, make):
+    """Return a stored record. It becomes the newest, so that `report.tables RUN` shows the settings
+    that were asked for last.
+    """
+    content = artifact(path, make)
+    with contextlib.suppress(OSError):  # a folder that is only read
+        path.touch()
+    return content
 
 
 def method_records(settings, dataset, unseen, clip, name, seed, test_key):
@@ -219,18 +237,18 @@ def method_records(settings, dataset, unseen, clip, name, seed, test_key):
             "schedule": asdict(settings.schedules[method.train]),
             "options": settings.options(method),
         }
-        inputs = checkpoint.name, test_key, fields
+        inputs = checkpoint.name, test_key, fields, names_of(settings)
         file_name = f"{name}-seed{seed}-alpha{alpha:g}"
         path = artifact_path(settings.run / "scores", file_name, inputs, ".json")
 
         def measure_method(method=method, alpha=alpha, fields=fields):
-            modules = finetune(settings, dataset, clip, name, seed)["modules"]
+            modules = load(finetune(settings, dataset, clip, name, seed), "cpu")["modules"]
             unseen_set = unseen if method.train != "linear" else None
             with finetuned(settings, dataset, clip, method, modules, alpha) as (features_of, head):
                 scores = measure(settings, dataset, unseen_set, clip, seed, features_of, head)
             return record(settings, "accuracy", name, seed, **scores, **fields)
 
-        records.append(artifact(path, measure_method))
+        records.append(score(path, measure_method))
     return records
 
 
@@ -265,22 +283,21 @@ def finetuned(settings, dataset, clip, method, modules, alpha):
     """
     if alpha < 1:
         modules = interpolate(original_modules(settings, dataset, clip, modules), modules, alpha)
-    if towers := towers_of(modules):
-        clip.model.load_state_dict(towers)
     head, prompted = None, contextlib.nullcontext()
-    if "head.weight" in modules:
-        head = modules["head.weight"], modules.get("head.bias")
-    if method.train in PROMPTS:
-        phrase = dataset.meta.phrases[settings.source]
-        learner = PROMPTS[method.train](clip, dataset.classnames, phrase)
-        learner.load_state_dict(modules)
-        head, prompted = learner.classifier, learner.prompted()
-    if method.train in FROZEN_TOWERS:
-        features_of = original_features(settings, clip)
-    else:
-        def features_of(dataset, domain, items):
-            return encode_images(clip, items, label=domain)
     try:
+        if towers := towers_of(modules):
+            clip.model.load_state_dict(towers)
+        if "head.weight" in modules:
+            head = modules["head.weight"], modules.get("head.bias")
+        if method.train in PROMPTS:
+            phrase = dataset.meta.phrases[settings.source]
+            learner = PROMPTS[method.train](clip, dataset.classnames, phrase)
+            learner.load_state_dict(modules)
+            head, prompted = learner.classifier, learner.prompted()
+        features_of = original_features(settings, clip)
+        if method.train not in FROZEN_TOWERS:
+            def features_of(dataset, domain, items):
+                return encode_images(clip, items, label=domain)
         with prompted:
             yield features_of, head
     finally:
@@ -304,7 +321,7 @@ def original_modules(settings, dataset, clip, modules):
 
 
 def report(settings, dataset, clip, records):
-    """Print the tables of accuracy records and of measures, write table.md, and draw the figures."""
+    """Print tables of accuracy records and of measures, write table.md, and draw the figures."""
     run = settings.run
     synthesis, neighbours = quality.synthesis_records(settings, dataset, clip)
     measures = [
@@ -319,16 +336,25 @@ def report(settings, dataset, clip, records):
     markdown = tables.markdown_table([*records, *measures])
     write_atomically(run / "table.md", lambda part: part.write_text(markdown, "utf-8"), warn)
 
-    figures.draw_losses(loss_histories(settings, dataset, clip), run / "losses.png")
+    draw(figures.draw_losses, loss_histories(settings, dataset, clip), run / "losses.png")
     if neighbours:
-        figures.draw_figure4(run / "figure4.png", neighbours)
+        draw(figures.draw_figure4, run / "figure4.png", neighbours)
     if pictures := style_pictures(settings, dataset, clip):
-        figures.draw_styles(run / "clipstyler.png", pictures)
+        draw(figures.draw_styles, run / "clipstyler.png", pictures)
     if any(method.captions for method in methods) and any(method.retrieved for method in methods):
         columns = quality.figure5_columns(settings, dataset, clip)
-        figures.draw_figure5(run / "figure5.png", columns)
+        draw(figures.draw_figure5, run / "figure5.png", columns)
     if settings.alphas:
-        figures.draw_curve(records, run / "curve.png")
+        draw(figures.draw_curve, records, run / "curve.png")
+
+
+def draw(draw_figure, *arguments):
+    """Draw a figure. If that fails, it is a warning: the tables are printed already."""
+    try:
+        draw_figure(*arguments)
+    except Exception as error:  # of matplotlib, of an image, of a font
+        kind = type(error).__name__
+        warn(f"{draw_figure.__name__}: no figure was drawn ({kind}: {one_line(error)})")
 
 
 def loss_histories(settings, dataset, clip):
@@ -348,7 +374,7 @@ def main():
     settings, dataset = load_run(parse(__doc__))
     require_one_process("evaluate.py")
     clip = load_clip(settings)
-    print(describe(settings, dataset, clip.device))
+    print(describe_run(settings, dataset, clip.device))
     report(settings, dataset, clip, evaluate(settings, dataset, clip))
 
 

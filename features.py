@@ -30,7 +30,7 @@ class Clip:
     key: str = ""          # a hash of all that decides its features
     weights: str = ""      # a hash of the weights of `base`
     micro_batch: int | None = None           # rows encoded at a time in training; None: all
-    original: dict = field(default_factory=dict, repr=False)  # weights before finetuning, on the CPU
+    original: dict = field(default_factory=dict, repr=False)  # weights before finetuning, on CPU
     cache: dict = field(default_factory=dict, repr=False)     # features of domains in memory
 
     @property
@@ -173,31 +173,75 @@ def create(name, pretrained, device):
     import open_clip
 
     place = resolve_local(name)
-    logging.disable(logging.ERROR)  # open_clip also raises what it logs
+    with collected_logs() as messages:
+        try:
+            refuse_code(name, place)
+            model, augment, preprocess = open_clip.create_model_and_transforms(
+                place, pretrained, device=device, require_pretrained=True,
+                aug_cfg={"scale": (0.9, 1.0)},  # FLYP's mild random crop, no flip
+            )
+            return model, augment, preprocess, open_clip.get_tokenizer(place), (
+                open_clip.get_model_config(place)
+            )
+        except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+            fail(
+                f"--model {name}: could not be loaded ({reason(error, messages)}). Name another; "
+                "or, if the Hugging Face hub has it, run once with a network. A damaged copy in "
+                "the hub's cache has to be deleted."
+            )
+
+
+@contextlib.contextmanager
+def collected_logs():
+    """Within the context, add what libraries log to the list that is yielded, instead of printing
+    it: open_clip also raises what it logs. huggingface_hub's is printed, too.
+    """
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda log_record: messages.append(log_record.getMessage())
+    loggers = logging.getLogger(), logging.getLogger("huggingface_hub")
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
-        model, augment, preprocess = open_clip.create_model_and_transforms(
-            place, pretrained, device=device, require_pretrained=True,
-            aug_cfg={"scale": (0.9, 1.0)},  # FLYP's mild random crop, no flip
-        )
-        return model, augment, preprocess, open_clip.get_tokenizer(place), (
-            open_clip.get_model_config(place)
-        )
-    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
-        fail(
-            f"--model {name}: could not be loaded ({one_line(error)}). Name another; or, if the "
-            "Hugging Face hub has it, run once with a network. A damaged copy in the hub's cache "
-            "has to be deleted."
-        )
+        yield messages
     finally:
-        logging.disable(logging.NOTSET)
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def reason(error, messages):
+    """Return why a model could not be loaded. Where a request to the hub failed, this is the cause:
+    transformers goes on without the file, and misses a package in the end.
+    """
+    failed = [message for message in messages if "thrown while requesting" in message]
+    if failed:
+        return f"the Hugging Face hub did not answer: {failed[-1]}; then: {one_line(error)}"
+    return one_line(error)
+
+
+def refuse_code(name, place):
+    """Exit with status 2 if a model's open_clip_config.json asks to run code from its repository.
+
+    transformers would run it without a question when the tokenizer is made.
+    """
+    import open_clip
+
+    def asks(content):
+        if isinstance(content, dict):
+            return any(map(asks, content.values())) or bool(content.get("trust_remote_code"))
+        return isinstance(content, list) and any(map(asks, content))
+
+    if asks(open_clip.get_model_config(place)):
+        fail(f"--model {name}: its config asks to run code (trust_remote_code). Name another.")
 
 
 def is_openai(pretrained):
-    """Return whether a tag or a file of weights is OpenAI's; of a path its last parts count.
+    """Return whether a tag or a file of weights is OpenAI's, by the file's name.
 
-    The hub's cache names the repository in a folder above the file.
+    In the hub's cache a folder above the file, models--OWNER--NAME, names the repository.
     """
-    return bool(pretrained) and "openai" in "/".join(Path(pretrained).parts[-4:]).lower()
+    path = Path(pretrained or "")
+    names = [path.name, *(part for part in path.parts if part.startswith("models--"))]
+    return any("openai" in name.lower() for name in names)
 
 
 def tokenizer_state(tokenizer):
@@ -229,10 +273,10 @@ def read_checkpoint(path):
     if not Path(path).exists():
         fail(f"--model {path}: no such file. Checkpoints are in runs/…/checkpoints/.")
     state = load(Path(path), "cpu")
+    if isinstance(state, dict) and "optimizer" in state:
+        fail(f"{path}: its training is not finished. Run finetune.py again, and it goes on.")
     if not isinstance(state, dict) or not {"base", "modules", "weights"} <= state.keys():
         fail(f"--model {path}: not a checkpoint of finetune.py. Name another file, or a model.")
-    if "optimizer" in state:
-        fail(f"{path}: its training is not finished. Run finetune.py again, and it goes on.")
     return *state["base"], towers_of(state["modules"]), state["weights"]
 
 
@@ -245,19 +289,21 @@ def load_captioner(name, device):
     """Return (model, processor) of an image-to-text model on the hub or in a folder."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    try:
-        place, dtype = from_root(name), precision(device)
-        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(place)
-        processor.tokenizer.padding_side = "left"  # the caption continues from the last token
-        if getattr(processor, "num_query_tokens", 0) is None:  # BLIP-2 from before its image token
-            processor.num_query_tokens = model.config.num_query_tokens
-        if getattr(model.config, "image_token_index", 0) is None:
-            token = processor.tokenizer.convert_tokens_to_ids("<image>")
-            model.config.image_token_index = token
-        return model.to(device).eval(), processor
-    except Exception as error:  # whatever the hub, a damaged file or a bad config raises
-        fail(f"--captioner {name}: could not be loaded ({one_line(error)}). Name another.")
+    place, dtype = from_root(name), precision(device)
+    with collected_logs() as messages:
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
+            processor = AutoProcessor.from_pretrained(place)
+            processor.tokenizer.padding_side = "left"  # the caption continues from the last token
+            if getattr(processor, "num_query_tokens", 0) is None:  # a BLIP-2 without image token
+                processor.num_query_tokens = model.config.num_query_tokens
+            if getattr(model.config, "image_token_index", 0) is None:
+                token = processor.tokenizer.convert_tokens_to_ids("<image>")
+                model.config.image_token_index = token
+            return model.to(device).eval(), processor
+        except Exception as error:  # whatever the hub, a damaged file or a bad config raises
+            why = reason(error, messages)
+            fail(f"--captioner {name}: could not be loaded ({why}). Name another, or run again.")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ linear head, which takes seconds, from its start).
 """
 
 import math
-import re
 from dataclasses import asdict, replace
 
 import torch
@@ -22,21 +21,22 @@ import anchors
 import data
 from batches import training_batches
 from core.artifacts import artifact_path, load, save, stamps
-from core.config import describe, parse
+from core.config import parse
 from core.distributed import (
     agree,
     all_gather_with_grad,
     average_gradients,
     barrier,
     leave,
+    main_print,
     progress_bar,
     rank_and_world,
 )
-from core.methods import FROZEN_TOWERS
-from core.utils import fail
+from core.methods import FROZEN_TOWERS, option_matters
+from core.utils import fail, is_out_of_memory
 from features import cached_features, load_clip, zero_shot_head
 from losses import clip_contrastive
-from mapper import load_mappers, mapper_path
+from mapper import describe_run, load_mappers, mapper_path
 from sets.load import load_run
 from strategies.base import LinearProbe
 from strategies.clipstyler import load_styled_features, style_path
@@ -50,16 +50,34 @@ from strategies.towers import BothTowers, CLIPood, FullFinetuning
 def ldfs_losses(strategy, batch):
     """Return the terms of L_2 = L_con(z, y) + Σ_k L_con(ẑ^k, y), LDFS's step 2, by name.
 
-    LDFS's L_con is cross-entropy; without ẑ^k this is plain finetuning. A strategy says what z is
-    and which head makes logits of it: s · W z of a linear probe.
+    LDFS's L_con is cross-entropy of the logits that the strategy's head makes: s · W z of a linear
+    probe. Without ẑ^k this is plain finetuning.
     Source: LDFS, figure 2, step 2.
     CHOICE: every domain weighs as much as the original, as in LADS's union of features;
     alternative: the mean over domains.
     """
-    y, head = batch.labels, strategy.head_for(batch)                                         # (B,)
-    features = strategy.features(batch)                    # {"L_con": z, "L_con sketch": ẑ}, (b, d)
-    logits = {name: all_gather_with_grad(head(x), len(y)) for name, x in features.items()}  # (B, C)
-    return {name: F.cross_entropy(logits[name], y) for name in logits}
+    y = batch.labels                                                                         # (B,)
+    z, z_hats = original_and_synthesised(strategy, batch)      # (b, d), {"sketch": ẑ^sketch (b, d)}
+    head = strategy.head_for(batch)                                  # (b, d) -> logits (b, C)
+
+    def l_con(x):
+        return F.cross_entropy(all_gather_with_grad(head(x), len(y)), y)
+
+    return {"L_con": l_con(z), **{f"L_con {k}": l_con(z_hat) for k, z_hat in z_hats.items()}}
+
+
+def original_and_synthesised(strategy, batch):
+    """Return z, (b, d), and {target domain: ẑ^k, (b, d)}.
+
+    CHOICE: where the tower is trained, M_k takes the current z and passes its gradient on, so that
+    ẑ stays a synthesis of this z; alternative: ẑ of the original z, from which the tower moves
+    away.
+    """
+    if batch.z is not None:  # of a frozen tower: computed once, in `prepare`
+        z, *z_hats = batch.z
+        return z, dict(zip(strategy.mappers, z_hats, strict=True))
+    z = strategy.encode_image(batch.images)
+    return z, {domain: mapper(z) for domain, mapper in strategy.mappers.items()}
 
 
 def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0):
@@ -84,7 +102,7 @@ def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0):
         losses["L_cap"] = lambda_cap * l_con(z, t_cap, n)
     if t_ret is not None:                                                                     # ITAR
         losses["L_ret"] = lambda_ret * l_con(z_ret, t_ret, batch.n_pairs)
-    for domain, mapper in (mappers or {}).items():                           # LDFS's ẑ^k, if wanted
+    for domain, mapper in (mappers or {}).items():                        # LDFS's ẑ^k, of arf+ldfs
         losses[f"L_cl {domain}"] = l_con(mapper(z), t, n)
     return losses
 
@@ -210,23 +228,23 @@ def checkpoint_path(settings, dataset, clip, name, seed, method=None, init=None)
     items = dataset.split(source, source, "train", seed)
     classnames, templates = data.prompt_templates(dataset, source)
     inputs = [
-        asdict(method), seed, init or head_start(settings, method),
-        asdict(settings.schedules[method.train]), clip.key, stamps(items),
+        asdict(method), seed, asdict(settings.schedules[method.train]), clip.key, stamps(items),
         [template(name) for template in templates for name in classnames],
         data.class_texts(dataset, source), dataset.meta.phrases[source],
     ]
-    if method.train not in (*FROZEN_TOWERS, "maple"):
-        inputs.append(settings.unlocked_groups)
-    if method.train == "towers":
-        inputs.append(settings.lock_text)
+    for option in ("unlocked_groups", "lock_text", "lambda_cap", "lambda_ret"):
+        if option_matters(option, method):
+            inputs.append((option, getattr(settings, option)))
+    if option_matters("init", method):
+        inputs.append(init or head_start(settings, method))
     if method.needs_captions:
         anchors.caption_source(settings, dataset)
     if method.captions:
-        inputs += [settings.lambda_cap, data.captions(dataset, items)]
+        inputs.append(data.all_captions(dataset, items))
     if method.retrieved:
         pairs = anchors.pairs_of(settings, dataset, clip, items)
         texts = [text for _, text in pairs]
-        inputs += [settings.lambda_ret, stamps([(at, 0) for at, _ in pairs]), texts]
+        inputs += [stamps([(at, 0) for at, _ in pairs]), texts]
     if method.recipe:
         inputs += synthesiser_keys(settings, dataset, clip, method.recipe, seed)
     if method.train == "lpft":
@@ -266,15 +284,15 @@ def load_synthesisers(settings, dataset, clip, recipe_name, seed, items):
 
 
 def finetune(settings, dataset, clip, name, seed, method=None, init=None):
-    """Return the checkpoint of a method and a seed, from disk or trained now.
+    """Train a method with a seed unless that is done, and return the path of its checkpoint.
 
-    {"modules": weights on the CPU, "base", "weights", "classes"}; the history of the losses is
-    stored beside it. `clip` has its original weights again afterwards. method, init: as in
+    It contains {"modules": weights, "base", "weights", "model", "classes"}; the history of the
+    losses is beside it. `clip` has its original weights again afterwards. method, init: as in
     `checkpoint_path`.
     """
     path = checkpoint_path(settings, dataset, clip, name, seed, method, init)
     partial = path.with_suffix(".partial.pt")
-    if not agree(path.exists()):
+    if not agree(path.exists() and history_path(path).exists()):
         clip.reset()
         method = method or settings.methods[name]
         init = init or head_start(settings, method)
@@ -290,13 +308,14 @@ def finetune(settings, dataset, clip, name, seed, method=None, init=None):
         except FloatingPointError as error:
             fail(f"{name}, seed {seed}: {error}. Try a lower --lr; finished runs are kept.")
         if rank_and_world()[0] == 0:
-            about = {"base": clip.base, "weights": clip.weights, "classes": dataset.classes}
+            origin = {"base": clip.base, "weights": clip.weights, "model": clip.name}
             save(history, history_path(path))
-            save({"modules": strategy.state_dict(), **about}, path)
-            partial.unlink(missing_ok=True)
+            save({"modules": strategy.state_dict(), **origin, "classes": dataset.classes}, path)
         barrier()
         clip.reset()
-    return load(path, "cpu")
+    if rank_and_world()[0] == 0:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 def prepare(settings, dataset, clip, name, seed, method, init, items):
@@ -305,7 +324,7 @@ def prepare(settings, dataset, clip, name, seed, method, init, items):
     mappers = {}
     if method.recipe:
         mappers = load_synthesisers(settings, dataset, clip, method.recipe, seed, items)
-    captions = data.captions(dataset, items) if method.captions else ()
+    captions = data.all_captions(dataset, items) if method.captions else ()
     pairs = anchors.pairs_of(settings, dataset, clip, items) if method.retrieved else ()
     z_all = None
     if method.train in FROZEN_TOWERS:  # z, ẑ^1 … ẑ^K stay the same, so they are computed once
@@ -328,7 +347,7 @@ def prepare(settings, dataset, clip, name, seed, method, init, items):
         strategy = FullFinetuning(clip, head_init, mappers, settings.unlocked_groups)
     elif method.train == "lpft":
         job = f"{name}-probe", seed, *probe_of(settings, method)
-        probe = finetune(settings, dataset, clip, *job)
+        probe = load(finetune(settings, dataset, clip, *job), "cpu")
         head_init = probe["modules"]["head.weight"]
         strategy = FullFinetuning(clip, head_init, mappers, settings.unlocked_groups)
     elif method.train == "clipood":
@@ -351,8 +370,8 @@ def finetune_all(settings, dataset, clip):
         bar.set_postfix_str(f"{name}, seed {seed}")
         try:
             finetune(settings, dataset, clip, name, seed)
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU has no such class
-            if not re.search("out of memory|allocate memory|not enough memory", str(error)):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             fail(out_of_memory(settings, name))
 
@@ -371,7 +390,7 @@ def out_of_memory(settings, name):
 def main():
     settings, dataset = load_run(parse(__doc__))
     clip = load_clip(settings)
-    print(describe(settings, dataset, clip.device))
+    main_print(describe_run(settings, dataset, clip.device))
     finetune_all(settings, dataset, clip)
     leave()
 

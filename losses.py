@@ -83,7 +83,7 @@ def class_consistency(z_hat, class_text, labels, logit_scale):
     the factor itself (100 in CLIP), not its logarithm. Also CLIP's classification loss on original
     features, with z in place of ẑ.
     Source: LADS (Dunlap et al., ICLR 2023), where s = 1; LDFS's figures do not show it (see Recipe
-    in methods.py).
+    in core/methods.py).
     """
     return F.cross_entropy(logit_scale * z_hat @ class_text.T, labels)
 

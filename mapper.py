@@ -6,7 +6,7 @@ No image of a target domain is read here. Mappers are stored in runs/…/mappers
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import anchors
 import data
 from core.artifacts import artifact, artifact_path, digest, stamps
-from core.config import parse
-from core.distributed import main_process_first, progress_bar
+from core.config import describe, parse
+from core.distributed import leave, main_print, main_process_first, progress_bar
 from core.methods import parse_recipe, recipes_of
 from core.results import record
 from core.utils import fail
@@ -80,11 +80,12 @@ def lads_loss(mapper, z, labels, text_source, text_target, class_text, class_wei
 
 @dataclass(frozen=True)
 class MapperSchedule:
-    """How a mapper is trained: `rounds` of a few batches by AdamW, with weight decay 0.05."""
+    """How a mapper is trained: `rounds` of a few batches by AdamW."""
 
     rounds: int
     batch_size: int
     lr: float
+    weight_decay: float
     batches: int | None  # of a round; None: all images once, an epoch
     cosine: bool         # the learning rate falls to 0 in a cosine; False: constant
     best: bool           # keep the round with the lowest loss on validation images; False: the last
@@ -99,8 +100,8 @@ class MapperSchedule:
 # each data set; its AdamW is torch's; alternative: transformers', which LADS uses (ẑ agrees to a
 # cosine of 0.98, the validation loss to 0.1 %).
 SCHEDULES = {
-    "ldfs": MapperSchedule(300, 128, 3e-3, batches=1, cosine=True, best=False),
-    "lads": MapperSchedule(50, 256, 5e-3, batches=None, cosine=False, best=True, eps=1e-6),
+    "ldfs": MapperSchedule(300, 128, 3e-3, 0.05, batches=1, cosine=True, best=False),
+    "lads": MapperSchedule(50, 256, 5e-3, 0.05, batches=None, cosine=False, best=True, eps=1e-6),
 }
 
 
@@ -111,7 +112,8 @@ def train_mapper(
 
     z, text_source, text_target: (N, d), labels: (N,), class_text: (C, d), as in `ldfs_loss`.
     rounds: instead of the schedule's. val: (z, labels, text_source, text_target) of validation
-    images, where the schedule keeps the best round; without it that is judged by the training loss.
+    images, which decide the best round where the schedule keeps it (without them the training
+    images do).
     history: each loss term's mean in each round, [{"L_ld": …}]. Raises FloatingPointError if the
     loss is not finite.
     """
@@ -125,7 +127,8 @@ def train_mapper(
     else:
         loss_fn = partial(ldfs_loss, class_text=class_text, recipe=recipe, generator=generator)
     optimizer = torch.optim.AdamW(
-        mapper.parameters(), schedule.lr, weight_decay=0.05, eps=schedule.eps, fused=True
+        mapper.parameters(), schedule.lr, weight_decay=schedule.weight_decay, eps=schedule.eps,
+        fused=True,
     )
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds)
     history, best_loss, best = [], float("inf"), None
@@ -147,9 +150,9 @@ def train_mapper(
         history.append(dict(zip(losses, torch.stack(terms).mean(0).tolist())))
         bar.set_postfix(loss=f"{sum(history[-1].values()):.3f}", refresh=False)
         if schedule.best:
-            judged = val if val and len(val[0]) else (z, labels, text_source, text_target)
+            held_out = val if val and len(val[0]) else (z, labels, text_source, text_target)
             with torch.no_grad():
-                val_loss = sum(loss_fn(mapper, *judged).values()).item()
+                val_loss = sum(loss_fn(mapper, *held_out).values()).item()
             if val_loss < best_loss:
                 best_loss, best = val_loss, copy.deepcopy(mapper.state_dict())
 
@@ -195,7 +198,7 @@ def measure_mapper(mapper, z, text_source, text_target, sigma, seed=0):
 
 
 def steering_texts(dataset, direction, domain, items):
-    """Return the text of each item in the words of `domain`, for a recipe's direction: N strings."""
+    """Return the text of each item in the words of `domain`, by a recipe's direction: N strings."""
     if direction == "caption":
         return data.caption_texts(dataset, domain, items)
     if direction == "class":
@@ -212,11 +215,13 @@ def neutral_prompts(dataset):
 def mapper_path(settings, dataset, clip, recipe_name, domain, seed):
     """Return where the mapper to `domain` is stored; the hash in its name covers all its inputs."""
     recipe, source = parse_recipe(recipe_name), settings.source
-    used = ("train", "val") if SCHEDULES[recipe.loss].best else ("train",)
+    schedule = SCHEDULES[recipe.loss]
+    schedule = replace(schedule, rounds=settings.mapper_steps or schedule.rounds)
+    used = ("train", "val") if schedule.best else ("train",)
     parts = [dataset.split(source, source, part, seed) for part in used]
     classnames, templates = data.prompt_templates(dataset, source)
     inputs = (
-        asdict(recipe), seed, settings.mapper_steps or SCHEDULES[recipe.loss].rounds, clip.key,
+        asdict(recipe), seed, asdict(schedule), clip.key,
         [stamps(items) for items in parts],
         [steering_texts(dataset, recipe.direction, d, sum(parts, [])) for d in (source, domain)],
         [template(name) for template in templates for name in classnames],
@@ -242,40 +247,42 @@ def mapper_artifacts(settings, dataset, clip, recipe_name, seed):
     if recipe.direction == "caption":
         anchors.caption_source(settings, dataset)
     parts = [dataset.split(source, source, part, seed) for part in ("train", "val")]
+    # by every rank, because the ranks that only load mappers do not encode images below
+    features = [cached_features(clip, dataset, source, items, settings.cache) for items in parts]
 
     def text_features(domain, items):
-        """Encode the texts of all the source's images once, for all seeds; return those of items."""
-        everything = dataset.trainable(source)
-        texts = steering_texts(dataset, recipe.direction, domain, everything)
-        memory = digest(texts)
-        if memory not in clip.cache:
-            clip.cache[memory] = encode_texts(clip, texts).to(clip.device)
-        row = {location: i for i, (location, _) in enumerate(everything)}
-        return clip.cache[memory][[row[location] for location, _ in items]]
+        """Return the features of items' texts; those of all the source's images are kept."""
+        all_items = dataset.trainable(source)
+        texts = steering_texts(dataset, recipe.direction, domain, all_items)
+        key = digest(texts)
+        if key not in clip.cache:
+            clip.cache[key] = encode_texts(clip, texts)
+        row = {location: i for i, (location, _) in enumerate(all_items)}
+        return clip.cache[key][[row[location] for location, _ in items]].to(clip.device)
+
+    def tensors(z, items, domain):
+        """Return z, labels, text_source and text_target of items, for `train_mapper`."""
+        labels = torch.tensor([label for _, label in items], device=clip.device)
+        return z.to(clip.device), labels, text_features(source, items), text_features(domain, items)
 
     def train(domain):
-        train, val = (
-            (
-                cached_features(clip, dataset, source, items, settings.cache).to(clip.device),
-                torch.tensor([label for _, label in items], device=clip.device),
-                text_features(source, items), text_features(domain, items),
-            )
-            for items in parts
-        )
+        train_part, val_part = (tensors(z, items, domain) for z, items in zip(features, parts))
         if recipe.loss == "lads":
             class_text = encode_texts(clip, neutral_prompts(dataset))
         else:
             class_text = zero_shot_head(clip, *data.prompt_templates(dataset, source))
         try:
             mapper, history = train_mapper(
-                *train, class_text.to(clip.device), recipe, seed, settings.mapper_steps, val
+                *train_part, class_text.to(clip.device), recipe, seed, settings.mapper_steps,
+                val_part,
             )
         except FloatingPointError as error:
             fail(f"{recipe_name}, {domain}: {error}. Check the images, or change the weights.")
-        measures = measure_mapper(mapper, train[0], *train[2:], recipe.sigma, seed)
+        z, _, *texts = train_part
+        measures = measure_mapper(mapper, z, *texts, recipe.sigma, seed)
         return {
             "mapper": mapper.cpu().state_dict(), "history": history, "measures": measures,
-            "n": len(train[0]),
+            "n": len(z),
         }
 
     def load_or_train(domain):
@@ -284,6 +291,18 @@ def mapper_artifacts(settings, dataset, clip, recipe_name, seed):
 
     targets = dataset.styles(source)
     return main_process_first(lambda: {domain: load_or_train(domain) for domain in targets})
+
+
+def describe_run(settings, dataset, device):
+    """Return the resolved settings as a block of text, with the schedules of mappers."""
+    lines = []
+    for kind in dict.fromkeys(recipe.loss for recipe in recipes_of(settings.methods).values()):
+        if kind in SCHEDULES:
+            values = asdict(SCHEDULES[kind])
+            values["rounds"] = settings.mapper_steps or values["rounds"]
+            text = ", ".join(f"{name} {value}" for name, value in values.items())
+            lines.append((f"mappers of {kind}", text))
+    return describe(settings, dataset, device, lines)
 
 
 def train_all(settings, dataset, clip):
@@ -308,10 +327,12 @@ def mapper_records(settings, dataset, clip):
 def main():
     settings, dataset = load_run(parse(__doc__))
     clip = load_clip(settings)
+    main_print(describe_run(settings, dataset, clip.device))
     train_all(settings, dataset, clip)
     for row in mapper_records(settings, dataset, clip):
         measures = ", ".join(f"{name} {value:.3f}" for name, value in row["values"].items())
-        print(f"{row['method']} → {row['domain']}, seed {row['seed']}: {measures}")
+        main_print(f"{row['method']} → {row['domain']}, seed {row['seed']}: {measures}")
+    leave()
 
 
 if __name__ == "__main__":

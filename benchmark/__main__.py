@@ -13,7 +13,6 @@ the machine changes wall time. Pixels are random, and so are weights unless --mo
 import copy
 import gc
 import math
-import re
 import statistics
 import tempfile
 import textwrap
@@ -36,7 +35,7 @@ from core.artifacts import save
 from core.config import DEFAULT_MODEL, Parser, number
 from core.distributed import get_device, require_one_process
 from core.methods import parse_recipe
-from core.utils import fail, one_line
+from core.utils import fail, is_out_of_memory, one_line
 from data import Location
 from features import Clip, autocast, encode_images, precision, resolve_local
 from finetune import arf_losses, ldfs_losses
@@ -85,7 +84,7 @@ class Report:
             try:
                 table.append({"what": what, **measure()})
             except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
-                if not re.search("out of memory|allocate memory|not enough memory", str(error)):
+                if not is_out_of_memory(error):
                     raise
                 table.append({"what": f"{what}: out of memory"})
             save(self.content, self.path)

@@ -2,8 +2,8 @@
 
 A stage is a function of its inputs: images, texts, weights, settings. Its outcome is stored as
 NAME-HASH.pt or NAME-HASH.json, where HASH covers exactly the inputs that matter. Another input is
-another file, so nothing can be stale. A killed run is resumed by running it again, and two runs
-can share a folder because both write the same content under the same name.
+another file, so nothing can be stale. A killed run is resumed by running it again. Two runs can
+share a folder, because what they write under one name is made from the same inputs.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ def digest(*inputs):
 
 def artifact_path(folder, name, inputs, suffix=".pt"):
     """Return the path of the artifact that these inputs make. inputs: a tuple for `digest`."""
-    return Path(folder) / f"{name}-{digest(*inputs)[:10]}{suffix}"
+    separated = [part for item in inputs for part in (item, "|")]  # (1, 10) is not (11, 0)
+    return Path(folder) / f"{name}-{digest(*separated)[:10]}{suffix}"
 
 
 def artifact(path, make):
@@ -57,7 +58,7 @@ def load(path, device=None):
 def save(content, path):
     """Write `content` atomically: by torch.save to a .pt file, as JSON to a .json file."""
     if path.suffix == ".json":
-        write_atomically(path, lambda part: part.write_text(json.dumps(content) + "\n"))
+        write_atomically(path, lambda part: part.write_text(json.dumps(content) + "\n", "utf-8"))
     else:
         write_atomically(path, lambda part: torch.save(content, part))
 
@@ -97,9 +98,10 @@ def file_stamp(path):
 
 
 def stamps(items):
-    """Return (path, offset, label, size, time) of items [(Location, label)], for artifact keys.
+    """Return what decides the content of items [(Location, label)], for artifact keys: place and
+    label, and the size and time of the file.
 
     Paths are relative to the data set's folder, so that a data set can be moved.
     """
     stat = {file: file_stamp(file) for file in {location.file for location, _ in items}}
-    return [(at.path, at.offset, label, *stat[at.file]) for at, label in items]
+    return [(at.path, at.offset, at.size, at.border, label, *stat[at.file]) for at, label in items]

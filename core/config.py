@@ -71,7 +71,12 @@ SCHEDULES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line and status 2 for bad arguments."""
+    """argparse, with one line and status 2 for bad arguments, and --debug, which core.utils reads.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
     def error(self, message):
         fail(f"{message}. See --help.")
@@ -222,8 +227,8 @@ def resolve(args, dataset):
     if recipes_of(methods) and not dataset.styles(source):
         fail(
             f"{dataset.name}: all its domains are called {meta.phrases[source]!r}, so no text "
-            "points from one to another. Leave out lads and ldfs, or give them phrases in a "
-            "dataset.json (docs/DATA.md)."
+            "points from one to another. Leave out lads and ldfs (--methods), or name phrases of "
+            "other domains in a dataset.json (docs/DATA.md)."
         )
     usual = usual_schedules(dataset)
     flags = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr") if getattr(args, k)}
@@ -252,11 +257,10 @@ def check_source(dataset, source):
     domains = dataset.meta.phrases
     if source not in domains:
         fail(f"{dataset.name} has no domain {source!r}. Its domains: {', '.join(domains)}.")
-    if source in dataset.absent or dataset.images[source][0][0].size >= 0:  # in a tar: for tests
-        fail(
-            f"{dataset.name}'s {source} is a test set. Finetune on another domain: "
-            f"{next(iter(domains))}."
-        )
+    if source not in dataset.images or dataset.images[source][0][0].size >= 0:  # tars are for tests
+        reason = "is a test set" if source in dataset.images else "has no images here"
+        others = ", ".join(domain for domain in dataset.images if domain != source)
+        fail(f"{dataset.name}'s {source} {reason}. Finetune on another domain: {others}.")
     if not dataset.trainable(source):
         fail(f"{dataset.folder}/{source}_test.txt leaves no image to train on. Shorten it.")
     if not dataset.split(source, source, "test", 0):
@@ -275,8 +279,11 @@ def usual_schedules(dataset):
 
 
 
-def describe(settings, dataset, device):
-    """Return the resolved settings as a block of text, printed before training."""
+def describe(settings, dataset, device, mapper_schedules=()):
+    """Return the resolved settings as a block of text, printed before training.
+
+    mapper_schedules: [(label, text)], from mapper.py.
+    """
     source = settings.source
     n = {part: len(dataset.split(source, source, part, 0)) for part in ("train", "val", "test")}
     lines = [
@@ -286,10 +293,15 @@ def describe(settings, dataset, device):
     ]
     targets = [d for d in dataset.meta.phrases if d != source]
     sizes = {d: len(dataset.split(source, d, "test", 0)) for d in targets if d in dataset.images}
-    lines.append(("targets", ", ".join(f"{d} {sizes.get(d, 'not there')}" for d in targets)))
+    lines.append(("targets", ", ".join(f"{d} {sizes.get(d, 'no images')}" for d in targets)))
     lines.append(("run", f"{settings.run}, seeds 0 … {settings.seeds - 1}"))
-    for train in dict.fromkeys(method.train for method in settings.methods.values()):
-        names = [name for name, method in settings.methods.items() if method.train == train]
+    lines += mapper_schedules
+    names_of = {}  # {train: names of methods}
+    for name, method in settings.methods.items():
+        names_of.setdefault(method.train, []).append(name)
+    if "lpft" in names_of:
+        names_of.setdefault("linear", []).append("lpft's probe")
+    for train, names in names_of.items():
         schedule, usual, default = (
             asdict(s[train]) for s in (settings.schedules, settings.usual_schedules, SCHEDULES)
         )

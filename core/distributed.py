@@ -73,6 +73,22 @@ def agree(value):
     return values[0]
 
 
+def gather_to_main(values):
+    """Return the lists of all ranks, one after another, on rank 0, and [] on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return values
+    lists = [None] * world if rank == 0 else None
+    dist.gather_object(values, lists, group=stage_group())
+    return sum(lists, []) if rank == 0 else []
+
+
+def main_print(text):
+    """Print a text on rank 0."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
 def leave():
     """Leave the process group once no process needs another."""
     if rank_and_world()[1] > 1:

@@ -12,6 +12,7 @@
     coop+ldfs, clipood+lads, arf+ldfs             … and on LDFS's or LADS's features
 """
 
+import difflib
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -126,6 +127,12 @@ def parse_method(text, train="linear"):
     train: what "finetune" and a recipe alone ("ldfs") train, a key of TRAINED.
     """
     first, *rest = text.split("+")
+    names = ["finetune", "flyp", "arf", "captions", "retrieved", *TRAINED, *RECIPES]
+    for name in (part.partition(":")[0] for part in (first, *rest)):
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            fail(f"--methods {text}: unknown {name!r}.{hint} Known: {', '.join(names)}.")
     if first == "arf":
         first, rest = "flyp", ["captions", "retrieved", *rest]
     if first not in ("finetune", "flyp", *TRAINED):  # a recipe alone means "finetune" with it

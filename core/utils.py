@@ -1,6 +1,7 @@
 """Messages, exit codes and paths."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,6 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+
+for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows "?" for ẑ
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
 
 
 def fail(message):
@@ -29,18 +34,36 @@ def one_line(error):
 
 
 def on_exception(kind, error, trace):
-    """Print one line at Ctrl-C and end as that signal does (130 in a shell); else the traceback."""
+    """Print one line, and the traceback with --debug. At Ctrl-C end as that signal does (130 in a
+    shell). A program that only imports this one keeps its tracebacks.
+    """
+    main = getattr(sys.modules["__main__"], "__file__", None) or "/"
+    own = Path(main).resolve().is_relative_to(ROOT)
     if issubclass(kind, KeyboardInterrupt):
         name = Path(sys.argv[0]).name
         tqdm.write(f"{name}: interrupted. Run it again, and it goes on.", file=sys.stderr)
         sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
-    else:
+    elif not own or "--debug" in sys.argv:
         sys.__excepthook__(kind, error, trace)
+    else:
+        remedy = "This is a fault of the program; run again with --debug for the traceback."
+        if issubclass(kind, ModuleNotFoundError):
+            remedy = "Install the packages: pip install -r requirements.txt"
+        name = Path(sys.argv[0]).name
+        tqdm.write(f"{name}: {kind.__name__}: {one_line(error)}. {remedy}", file=sys.stderr)
 
 
 sys.excepthook = on_exception
+
+
+def is_out_of_memory(error):
+    """Return whether an exception says that memory is full: of a GPU, or of a CPU, whose
+    RuntimeError has no class of its own.
+    """
+    full = "out of memory|allocate memory|not enough memory"
+    return isinstance(error, RuntimeError) and re.search(full, str(error)) is not None
 
 
 def from_root(path):

@@ -111,7 +111,7 @@ def draw_folder(folder, write):
             scratch.mkdir()
             try:
                 summary = write(scratch)
-                (scratch / ".drawn_from").write_text(digest(TABLES, SIZE))
+                (scratch / ".drawn_from").write_text(digest(TABLES, SIZE), "utf-8")
                 if (folder / "captions.jsonl").exists():
                     shutil.copy2(folder / "captions.jsonl", scratch)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -129,7 +129,7 @@ def is_drawn(folder):
     stamp = folder / ".drawn_from"
     if folder.exists() and not stamp.exists():
         fail(f"{folder} exists, but emoji.draw did not make it. Move it away.")
-    return stamp.exists() and stamp.read_text() == digest(TABLES, SIZE)
+    return stamp.exists() and stamp.read_text("utf-8") == digest(TABLES, SIZE)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def write_benchmark(folder, classes, downloads):
             drawings[domain][key]().save(folder / path, compress_level=1)
             rows.append({"path": path.as_posix(), "caption": description})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "descriptions.jsonl").write_text(lines)
+    (folder / "descriptions.jsonl").write_text(lines, "utf-8")
     return f"{len(chosen)} emoji in {len(classes)} classes and {len(DOMAINS)} domains"
 
 

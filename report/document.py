@@ -8,6 +8,7 @@ The text of the page is written by hand. A typed table would not follow its reco
 import re
 
 from core.artifacts import write_atomically
+from core.config import Parser
 from core.results import read_records
 from core.utils import ROOT
 from report.tables import PUBLISHED, full_tables, published
@@ -40,5 +41,6 @@ def tables_of(name):
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__.split("\n")[0]).parse_args()
     text = with_tables(PAGE.read_text(encoding="utf-8"))
     write_atomically(PAGE, lambda part: part.write_text(text, encoding="utf-8"))

@@ -9,6 +9,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
+from core.config import Parser
 from core.methods import parse_recipe
 from losses import class_consistency
 from mapper import measure_mapper, train_mapper
@@ -90,4 +91,5 @@ def main():
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__.split("\n\n")[0]).parse_args()
     main()

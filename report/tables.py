@@ -168,12 +168,16 @@ def cells_of(rows, shown, compared, with_trained, raw=()):
     Without the column "trained", labels that are not unique name it.
     """
     common, lines = common_options(rows), []
+    means = {*MEANS[1:], "extended"}  # without a domain there is no mean in any row
+    empty = {key for key in means if not any(values_of(seeds, key) for seeds in rows.values())}
     labels = [row.label(common) for row in rows]
     for label, (row, seeds) in zip(labels, rows.items()):
         if labels.count(label) > 1 and not with_trained:
             label += f" ({row.trained})"
         cells = [label, *[row.trained] * with_trained]
-        cells += [mean_and_deviation(values_of(seeds, key)) or "not run" for key in shown]
+        for key in shown:
+            missing = "–" if key in empty else "not run"
+            cells.append(mean_and_deviation(values_of(seeds, key)) or missing)
         for key, _, method in compared:
             other = rival(row, method or without_recipe(row.method), rows)
             cells.append(mean_and_deviation(difference(rows, row, other, key)))
@@ -224,7 +228,8 @@ def short_table(records):
     """Return one aligned table of accuracies: as much of it as fits into WIDTH."""
     rows = rows_of(records)
     several = len({row.trained for row in rows if row.trained}) > 1
-    shown = ["ID", *(k for k in MEANS[1:] if any(k in r["values"] for r in records))]
+    trained = [r for r in records if r["trained"]] or records  # zero-shot can name any class
+    shown = ["ID", *(k for k in MEANS[1:] if any(k in r["values"] for r in trained))]
     compared = comparisons(rows)
     main = [c for c in compared if c[2] == "flyp"] or compared
     without_id = [c for c in main if c[0] != "ID"]

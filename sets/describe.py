@@ -20,7 +20,7 @@ def read_meta(name, root="data"):
     Exits with status 2 if there is no description, or if it is not valid.
     """
     if Path(name).name != name:  # splits and run folders depend on the name
-        path = Path(root, name)
+        path = Path(name) if Path(name).is_dir() else Path(root, name)
         fail(f"{name} is a path, not the name of a data set. Pass {path.name} --data {path.parent}")
     shipped = ROOT / "sets" / f"{name}.json"
     description = json.loads(shipped.read_text(encoding="utf-8")) if shipped.exists() else {}

@@ -51,20 +51,23 @@ def read_classes(folder, part):
 
 def read_domains(folder, meta):
     """Return the fields of data.Dataset, as a dictionary, of a data set in DomainBed's layout."""
-    images, official, classes = {}, {}, None
-    first = next(iter(meta.phrases))
+    images, official, absent, classes = {}, {}, {}, None
     for domain in meta.phrases:
+        if not (folder / domain).exists():  # a target of mappers may be known by words only
+            absent[domain] = f"no images, because {folder / domain} does not exist"
+            continue
         names, images[domain] = read_classes(folder, domain)
         if not names:
-            fail(f"{folder / domain} has no class folders. Get it: {', '.join(meta.phrases)}.")
+            fail(f"{folder / domain} has no class folders. Fill it, or remove it.")
         classes = classes or names
         if odd := sorted({*names} ^ {*classes}):
+            first = next(iter(images))
             fail(f"{folder / domain} has other classes than {first}: not in both: {odd[:5]}.")
         if (file := folder / f"{domain}_test.txt").exists():
             official[domain] = read_test_list(file, images[domain])
     return {
         "meta": meta, "classes": classes, "images": images, "official": official,
-        "classnames": english_names(folder, classes, meta.classnames),
+        "absent": absent, "classnames": english_names(folder, classes, meta.classnames),
     }
 
 

@@ -2,8 +2,10 @@
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+from filelock import FileLock
 from pyarrow.parquet import ParquetFile
 from tqdm import tqdm
 
@@ -21,14 +23,36 @@ def fetch(repository, folder, patterns, meta=None):
     """Download the files of a dataset repository that match the patterns into `folder`.
 
     The folder appears when it is complete. What an interrupted download left is not fetched again.
+    A second process waits, and then uses what the first one has fetched.
     With a `meta`, the files are parquet tables, of which one is checked before the download; they
     become image folders. Exits with status 2 if the hub does not answer or the disk is too small.
     """
+    require_one_process(f"Fetching {folder} (python -m sets.load NAME)")
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path):
+            if not is_fetched(folder, patterns, meta):
+                fetch_files(repository, folder, patterns, meta)
+            path.unlink(missing_ok=True)  # who waits for it finds the data set
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror}"
+        fail(f"{folder} could not be written ({reason}). Pass another folder as --data.")
+
+
+def is_fetched(folder, patterns, meta):
+    """Return whether `folder` has what `fetch` makes, by a process that held the lock before."""
+    if meta:
+        return any((folder / domain).is_dir() for domain in meta.phrases)
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def fetch_files(repository, folder, patterns, meta):
+    """Do what `fetch` does, as the only process that does."""
     from huggingface_hub import HfFileSystem, snapshot_download
     from huggingface_hub.errors import DryRunError
     from huggingface_hub.utils import disable_progress_bars
 
-    require_one_process(f"Fetching {folder} (python -m sets.load NAME)")
     if not meta and folder.is_dir() and any(folder.iterdir()):
         fail(f"{folder} exists, but has no files of {repository} to use. Move it away.")
     part = folder.with_name(f".{folder.name}.part")
@@ -57,9 +81,13 @@ def fetch(repository, folder, patterns, meta=None):
             f"could not fetch {repository} from the Hugging Face hub: {one_line(cause)}. Run "
             f"again to continue; or put the data into {folder} by hand (docs/DATA.md)."
         )
+    paths = sorted(part / file.filename for file in files)
     if meta:
-        write_folders(part, sorted(part / file.filename for file in files), folder, meta)
+        write_folders(part, paths, folder, meta)
     else:
+        for path in {*part.rglob("*")} - {*paths}:  # of another revision, which a kill left
+            if path.is_file():
+                path.unlink()
         part.rename(folder)
 
 
@@ -113,9 +141,12 @@ def write_folders(part, parquet_files, folder, meta):
             if meta.official_split:
                 with open(images / f"{path.parts[0]}_{split}.txt", "a", encoding="utf-8") as lines:
                     lines.write(f"{path.as_posix()}\n")
-        if folder.exists():  # it has no domain, but it may have captions
-            shutil.copytree(folder, images, dirs_exist_ok=True)
-            folder.rename(part / "replaced")
+        # The folder has no domain, but it may have captions. A kill may have left some in `part`.
+        for old in [*part.glob("replaced-*"), folder]:
+            if old.exists():
+                shutil.copytree(old, images, dirs_exist_ok=True)
+        if folder.exists():
+            folder.rename(tempfile.mkdtemp(prefix="replaced-", dir=part))
         images.rename(folder)
     except OSError as error:
         fail(f"{folder}: could not be written ({error.strerror}). Make room.")

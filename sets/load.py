@@ -19,7 +19,11 @@ from sets.webdataset import read_webdatasets
 def load_run(args):
     """Return (Settings, Dataset) of a command line that core.config.parse has parsed."""
     dataset = load_dataset(args.dataset, args.data, args.captions, args.shots)
-    return resolve(args, dataset), dataset
+    settings = resolve(args, dataset)
+    unseen = load_unseen(dataset)  # now, because a problem should not be found after the training
+    if unseen and settings.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
+        fail(f"{unseen.name}, the unseen classes of {dataset.name}, lacks {settings.source}.")
+    return settings, dataset
 
 
 def load_dataset(name, root="data", captions=None, shots=None):
@@ -82,8 +86,9 @@ def require_on_disk(name, folder, meta):
 
 def make(folder, command):
     """Run the command by which a description makes a data set, or its pool, in `folder`."""
+    command = f"{command} --data {shlex.quote(str(folder.parent.absolute()))}"
     require_one_process(f"Making {folder} ({command})")
-    run_command(f"{command} --data {shlex.quote(str(folder.parent.absolute()))}")
+    run_command(command)
 
 
 def pool_shards(settings, meta):

@@ -1,7 +1,7 @@
 """The interface of all finetuning strategies, and the simplest of them, the linear probe.
 
-A strategy says what is trained and how it classifies, and knows no loss: finetune.py takes
-cross-entropy of `features` under `head_for`, or ARF's contrastive losses on the towers.
+A strategy defines what is trained and how it classifies. The losses are in finetune.py:
+cross-entropy of features under `head_for`, or ARF's contrastive losses on the towers.
 """
 
 import torch.nn as nn
@@ -20,23 +20,6 @@ class Strategy(nn.Module):
         self.clip = clip
         self.mappers = dict(mappers or {})
         self.scale = clip.logit_scale  # s
-
-    def features(self, batch):
-        """Return the features that cross-entropy is taken on, by the name of its loss term:
-        {"L_con": z, "L_con sketch": ẑ of the target sketch, …}, each (b, d).
-
-        Where the image tower is frozen, z and all ẑ were made once and are given as batch.z.
-        CHOICE: where the tower is trained, M_k takes the current z and passes its gradient on, so
-        that ẑ stays a synthesis of this z; alternative: ẑ of the original z, from which the tower
-        moves away.
-        """
-        if batch.z is None:
-            z = self.encode_image(batch.images)                                          # (b, d)
-            z_all = [z, *(mapper(z) for mapper in self.mappers.values())]
-        else:
-            z_all = batch.z                                                       # (K + 1, b, d)
-        names = ["L_con", *(f"L_con {domain}" for domain in self.mappers)]
-        return dict(zip(names, z_all, strict=True))
 
     def encode_image(self, images):
         """Return z: (b, d) unit-norm features of images (b, 3, H, W), with their gradient."""

@@ -6,14 +6,20 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from core.distributed import rows_of_rank
+from core.utils import fail, one_line
 from strategies.base import Strategy, linear_layer
 
 
 def unlock_image_tower(model, unlocked_groups=None):
     """Let the image tower be trained; with unlocked_groups only its last groups of layers."""
     model.visual.requires_grad_()
-    if unlocked_groups is not None:
+    if unlocked_groups is None:
+        return
+    try:
         model.lock_image_tower(unlocked_groups=unlocked_groups)
+    except Exception as error:  # towers of open_clip differ: some cannot, some have no such method
+        reason = f"{type(model.visual).__name__}: {one_line(error)}"
+        fail(f"--unlocked-groups {unlocked_groups}: not possible ({reason}). Leave the flag out.")
 
 
 class FullFinetuning(Strategy):
@@ -84,6 +90,7 @@ class CLIPood(Strategy):
 
     def finish(self):
         self.towers.visual.load_state_dict(self.average.module.state_dict())
+        self.average = None  # a checkpoint does not need it
 
 
 class BothTowers(Strategy):

@@ -8,7 +8,6 @@ import os
 import runpy
 import socket
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 

@@ -24,6 +24,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self, body=True):
+        if any(word in self.path for word in self.server.failing):
+            return self.answer(b"", body, {}, 503)
         path, _, query = self.path.partition("?")
         path, query = unquote(path), parse_qs(query)
         if request := re.fullmatch(f"/other-host{REPOSITORY}/(?P<file>.+)", path):
@@ -112,13 +114,15 @@ def is_small(path):
 
 
 class Hub(ThreadingHTTPServer):
-    """The server. `served` lists the files that were requested, as OWNER/NAME/file."""
+    """The server. `served` lists the files that were requested, as OWNER/NAME/file. Requests whose
+    path contains one of the words in `failing` get a 503.
+    """
 
     daemon_threads = True
 
     def __init__(self, folder, port=0):
         super().__init__(("127.0.0.1", port), Handler)
-        self.folder, self.served = Path(folder), []
+        self.folder, self.served, self.failing = Path(folder), [], []
 
 
 if __name__ == "__main__":

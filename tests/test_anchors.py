@@ -247,6 +247,29 @@ def test_captions_go_into_the_file_that_is_named(path, tmp_path, caption, says):
     assert set(texts_of(dataset).values()) == {"new"}
 
 
+def test_a_misspelt_captions_file_is_refused(path, tmp_path, caption, says, capsys):
+    """… instead of being written by the captioner, unless --captioner is passed as well."""
+    batches = says("new")
+    with pytest.raises(SystemExit) as stop:
+        caption("--captions", tmp_path / "typo.jsonl", captioner=[])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "typo.jsonl: no such file" in line and "--captioner" in line
+    assert not batches and not (tmp_path / "typo.jsonl").exists()
+
+
+def test_out_of_memory_names_a_smaller_batch(path, caption, says, capsys):
+    path.unlink()
+
+    def full(images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    says(full)
+    with pytest.raises(SystemExit) as stop:
+        caption("--caption-batch", 16)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "out of memory with --caption-batch 16. Pass 4" in line
+
+
 def test_empty_and_repeated_captions_are_stored_and_replaced_when_read(
     path, tiny_data, caption, says, capsys
 ):
@@ -352,7 +375,7 @@ def test_captions_on_a_full_disk_are_stored_up_to_the_last_line(path, tiny_data,
     assert stop.value.code == 2 and f"{path}: could not be written (" in line
     stored = data.read_captions(path)
     assert 3 < len(stored) < 7
-    assert [len(row) for row in stored.values()] == [5] * len(stored)
+    assert all({"path", "caption", "by", "size", "time"} <= row.keys() for row in stored.values())
     batches = says("w")
     caption()
     assert sum(batches) == 30 - len(stored)
@@ -374,9 +397,10 @@ def test_a_captioner_that_does_not_exist_is_one_line(path, script, tiny_data):
     assert "--captioner /nowhere: could not be loaded" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [[], ["captions", "tiny"], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["captions", "tiny"], ["tiny", "photo"]])
 def test_the_script_needs_the_name_of_a_stage(script, arguments):
     assert "anchors.py caption|retrieve" in script("anchors.py", *arguments, code=2).stderr
+    assert "--captioner" in script("anchors.py", "--help").stdout
 
 
 # -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ Ctrl-C.
 """
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -269,7 +270,36 @@ def test_ctrl_c_is_one_line_and_status_130_in_a_shell():
     assert done.stderr == "-c: interrupted. Run it again, and it goes on.\n"
 
 
-def test_another_exception_keeps_its_traceback():
+def test_another_programs_exception_keeps_its_traceback():
     command = [sys.executable, "-c", "import core.utils; 1 / 0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+
+
+def test_a_fault_of_the_program_is_one_line_and_a_traceback_with_debug():
+    """Here of a script that lies in the repository."""
+    code = "import core.utils, sys; sys.modules['__main__'].__file__ = 'run.py'; int('x')"
+    for flags, n in (([], 1), (["--debug"], 4)):
+        command = [sys.executable, "-c", code, *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == (n > 1)
+        if n == 1:
+            assert len(done.stderr.splitlines()) == 1 and "ValueError: invalid literal" in done.stderr
+            assert "fault of the program; run again with --debug" in done.stderr
+
+
+def test_a_latin_1_terminal_and_locale_show_what_they_can(tmp_path):
+    """ẑ is "?", and files are UTF-8 whatever the locale."""
+    code = (
+        "from pathlib import Path; from core.artifacts import load, save; from core.utils import warn\n"
+        f"path = Path({str(tmp_path)!r}, 'a.json'); save({{'z': '\\u1e91'}}, path)\n"
+        "print(load(path)['z'], '\\u1e91\\xe9'); warn('\\u1e91')"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    env["PYTHONCOERCECLOCALE"] = "0"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "? ?é\n".encode("latin-1")), done.stderr
+    assert done.stderr == b"warning: ?\n"
+    files = [*ROOT.glob("*.py"), *(f for f in ROOT.glob("*/*.py") if f.parent.name not in ("tests", ".venv"))]
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    assert not [line for line in lines if re.search(r"(read|write)_text\(", line) and "utf-8" not in line]

@@ -279,7 +279,8 @@ def test_step_2_trains_on_its_features(world):
     settings, dataset, clip = world(*flags)
     heads = []
     for name in settings.methods:
-        heads.append(finetune.finetune(settings, dataset, clip, name, 0)["modules"].get("head.weight"))
+        path = finetune.finetune(settings, dataset, clip, name, 0)
+        heads.append(torch.load(path)["modules"].get("head.weight"))
         path = finetune.checkpoint_path(settings, dataset, clip, name, 0)
         [epoch, _] = load(finetune.history_path(path))
         styled = {"L_con sketch", "L_con cartoon"} & epoch.keys()

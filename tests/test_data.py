@@ -21,7 +21,7 @@ import core.utils
 import data
 import features
 from core.artifacts import digest, file_stamp
-from core.config import parse
+from core.config import describe, parse
 from sets import load
 from sets.describe import read_meta
 from sets.load import load_dataset, load_run, load_unseen, pool_shards
@@ -276,8 +276,31 @@ def test_bad_data_is_refused_by_name(tiny_data, capsys):
     shutil.rmtree(tiny / "sketch" / "cat")
     (tiny / "photo" / "dog" / "1.PNG").touch()
     assert "sketch has other classes than photo: not in both: ['cat']" in refused()
-    shutil.rmtree(tiny / "photo")
-    assert "photo has no class folders" in refused()
+    for cls in (tiny / "photo").iterdir():
+        shutil.rmtree(cls)
+    assert "photo has no class folders. Fill it, or remove it." in refused()
+
+
+def test_under_torchrun_the_command_that_makes_a_pool_is_named(tiny_data, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = SimpleNamespace(pool=None, data=tiny_data)
+    _, meta = read_meta("emoji", tiny_data)
+    line = refusal(capsys, lambda: pool_shards(settings, meta))
+    assert f"python -m emoji.draw pool --data {tiny_data}) takes one process" in line
+
+
+def test_a_domain_without_a_folder_is_known_by_words_only(tiny_data, tmp_path, capsys):
+    """It is a target of mappers; a misspelt folder is noticed; the source needs images."""
+    (tiny_data / "tiny" / "sketch").rename(tiny_data / "tiny" / "skecth")
+    flags = ["--data", str(tiny_data), "--run", str(tmp_path / "run")]
+    settings, dataset = load_run(parse("", ["tiny", "photo", *flags]))
+    assert "tiny, sketch will not be run: no images, because" in capsys.readouterr().err
+    assert [*dataset.images] == ["photo", "cartoon"] and dataset.styles("photo") == ["sketch", "cartoon"]
+    assert "sketch no images, cartoon 30" in describe(settings, dataset, "cpu")
+    with pytest.raises(SystemExit):
+        load_run(parse("", ["tiny", "sketch", *flags]))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "tiny's sketch has no images here. Finetune on another domain: photo, cartoon." in line
 
 
 def test_tiff_is_read_and_other_files_are_counted(tiny_data, capsys):
@@ -523,7 +546,7 @@ def test_a_path_is_not_taken_for_a_name(tiny_data, capsys):
 
 @pytest.mark.parametrize("content, reason", [
     ("{", "Expecting property name"), ("[]", "not a mapping"), ("3", "not a mapping"),
-    ("[" * 10**5, "recursion"), ('{"fractions": {}}', "phrases of two domains"),
+    ("[" * 10**5, "recursion"), ('{"fractions": {}}', "phrases of one domain"),
 ])
 def test_what_is_no_description_is_refused(tiny_data, capsys, content, reason):
     file = tiny_data / "tiny" / "dataset.json"
@@ -533,11 +556,11 @@ def test_what_is_no_description_is_refused(tiny_data, capsys, content, reason):
 
 
 @pytest.mark.parametrize("key, value, reason", [
-    ("phrases", {"photo": "a photo"}, "phrases of two domains"),
-    ("phrases", {"photo": "a photo", "sketch": ""}, "phrases of two domains"),
-    ("phrases", {"photo": "a photo", "sketch": " "}, "phrases of two domains"),
-    ("phrases", {"photo": "a photo", "sketch": ["a sketch"]}, "phrases of two domains"),
-    ("phrases", {"photo": "a photo", "sketch": "the {} as a sketch"}, "phrases of two domains"),
+    ("phrases", {}, "phrases of one domain"),
+    ("phrases", {"photo": "a photo", "sketch": ""}, "phrases of one domain"),
+    ("phrases", {"photo": "a photo", "sketch": " "}, "phrases of one domain"),
+    ("phrases", {"photo": "a photo", "sketch": ["a sketch"]}, "phrases of one domain"),
+    ("phrases", {"photo": "a photo", "sketch": "the {} as a sketch"}, "phrases of one domain"),
     ("phrases", ["photo", "sketch"], "phrases cannot be ['photo', 'sketch']"),
     ("phrases", {"photo": "a photo", "extended": "a sketch"}, "'extended' is the name of a mean"),
     ("fractions", {"train": 0.5, "test": 0.5}, "fractions of train, val and test"),
@@ -646,9 +669,23 @@ def test_the_last_row_of_an_image_counts(tiny_data):
     file, dataset = tiny_data / "tiny" / "captions.jsonl", load_dataset("tiny", tiny_data)
     items = dataset.images["photo"][12:14]
     append(file, captioned(items[1][0], "a captioner's dog"))
-    append(file, {"path": "photo/dog/2.png", "caption": " another dog "})
-    assert data.captions(dataset, items) == ["another dog", "a captioner's dog"]
+    assert data.captions(dataset, items) == ["a dog number 2", "a captioner's dog"]
     assert len(data.read_captions(file)) == 90
+    append(file, captioned(items[1][0], "its other dog"))
+    append(file, captioned(items[0][0], "a captioner's dog"))
+    append(file, {"path": "photo/dog/2.png", "caption": " another dog "})
+    assert data.all_captions(dataset, items) == [["another dog"], ["its other dog"]]
+
+
+def test_all_captions_that_people_wrote_of_an_image_count(tiny_data):
+    """As COCO has five; the first is the one of methods that take one."""
+    file, dataset = tiny_data / "tiny" / "captions.jsonl", load_dataset("tiny", tiny_data)
+    for text in ("", "a spaniel", "a pet"):
+        append(file, {"path": "photo/dog/2.png", "caption": text})
+    items = dataset.images["photo"][11:13]
+    texts = ["a dog number 2", "a spaniel", "a pet"]
+    assert data.all_captions(dataset, items) == [["a dog number 1"], texts]
+    assert data.captions(dataset, items) == ["a dog number 1", "a dog number 2"]
 
 
 def test_a_captioners_row_counts_while_the_image_is_the_same(tiny_data, capsys):
@@ -684,7 +721,9 @@ def test_the_class_prompt_replaces_a_captioners_failures_only(tiny_data):
     append(file, captioned(items[0][0], ""))
     append(file, captioned(items[1][0], repeated))
     append(file, captioned(items[2][0], "a dog and a dog"))
-    append(file, {"path": items[3][0].path, "caption": repeated})
+    rows = [*data.read_captions(file).values()]
+    texts = {row["path"]: {**row, "caption": repeated} if row["path"] == items[3][0].path else row for row in rows}
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts.values()))
     prompts = ["a photo of a cat", "a sketch of a dog"]
     rest = ["a dog and a dog", repeated, "a red_house number 2"]
     assert data.captions(dataset, items) == [*prompts, *rest]

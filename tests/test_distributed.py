@@ -15,6 +15,7 @@ from core.distributed import (
     agree,
     all_gather_with_grad,
     average_gradients,
+    gather_to_main,
     leave,
     main_process_first,
     rank_and_world,
@@ -67,6 +68,9 @@ def check_mean(rank, world):
 
 def check_agreement(rank, world):
     assert agree({"epoch": rank}) == {"epoch": 0} and agree(rank == 0) is True
+    parts = gather_to_main([rank, "x"] if rank != 1 else [])  # ranks may have nothing to give
+    expected = [x for other in range(world) if other != 1 for x in (other, "x")]
+    assert parts == (expected if rank == 0 else [])
 
 
 def check_order(rank, world, folder):
@@ -129,6 +133,7 @@ def test_one_process_needs_no_group():
     average_gradients([weight])
     assert all_gather_with_grad(x, 3) is x and torch.equal(weight.grad, torch.ones(2))
     assert rows_of_rank(4) == [0, 1, 2, 3] and agree(x) is x and main_process_first(lambda: 7) == 7
+    assert gather_to_main([1, 2]) == [1, 2]
     leave()
     assert not dist.is_initialized()
 
@@ -162,6 +167,13 @@ def test_only_the_first_process_shows_a_bar(monkeypatch):
     assert distributed.progress_bar([1], leave=False) == {"leave": False}
     monkeypatch.setattr(distributed, "rank_and_world", lambda: (1, 2))
     assert distributed.progress_bar([1], leave=False) == {"leave": False, "disable": True}
+
+
+def test_only_the_first_process_prints(monkeypatch, capsys):
+    distributed.main_print("a table")
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (1, 2))
+    distributed.main_print("the same table")
+    assert capsys.readouterr().out == "a table\n"
 
 
 def test_what_takes_one_process_is_refused_under_torchrun(monkeypatch, capsys):

@@ -102,6 +102,20 @@ def test_a_file_in_the_way_is_named(flyp, script, tmp_path, place):
     assert (tmp_path / "out").is_file() and not [*tmp_path.glob(".out*")]
 
 
+def test_the_folder_gets_its_name_in_one_step(export_script, tmp_path, monkeypatch):
+    module, folders = sys.modules["open_clip.push_to_hf_hub"], []
+    save = module.save_config_for_hf
+
+    def spy(model, path, config):
+        folders.append(path.parent.stat().st_ino)
+        assert not (tmp_path / "out").exists()
+        save(model, path, config)
+
+    monkeypatch.setattr(module, "save_config_for_hf", spy)
+    export_script()
+    assert folders == [(tmp_path / "out").stat().st_ino]
+
+
 def test_a_killed_export_is_run_again(flyp, export_script, tmp_path):
     process = os.fork()
     if process == 0:

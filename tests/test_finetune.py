@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import open_clip
@@ -25,7 +26,7 @@ from mapper import Mapper
 from sets.load import load_run
 from sets.webdataset import read_shard
 from strategies.base import LinearProbe
-from strategies.towers import BothTowers
+from strategies.towers import BothTowers, unlock_image_tower
 
 SHORT = {k: Schedule(3, 8, 1e-2 if k == "linear" else 1e-3) for k in SCHEDULES}
 TEXT_TOWER = {
@@ -56,7 +57,8 @@ def world(tiny_data, tiny_clip, tmp_path):
             if schedule:
                 settings.schedules = {**settings.schedules, settings.methods[name].train: schedule}
             self.path = finetune.checkpoint_path(settings, self.dataset, self.clip, name, seed)
-            return finetune.finetune(settings, self.dataset, self.clip, name, seed)["modules"]
+            path = finetune.finetune(settings, self.dataset, self.clip, name, seed)
+            return torch.load(path, map_location="cpu")["modules"]
 
         def tuned(self, modules):
             """Return the state of clip.model that a checkpoint describes."""
@@ -84,13 +86,10 @@ def changed(before, after):
 
 
 class FixedStrategy:
-    """Features and a head that are given."""
+    """A head and mappers that are given, on features of a frozen tower."""
 
-    def __init__(self, named_features, head):
-        self.named_features, self.head = named_features, head
-
-    def features(self, batch):
-        return self.named_features
+    def __init__(self, head, mappers):
+        self.head, self.mappers = head, mappers
 
     def head_for(self, batch):
         return self.head
@@ -99,8 +98,8 @@ class FixedStrategy:
 def test_ldfs_losses_are_cross_entropy_of_original_and_synthesised_features():
     z, w = F.normalize(torch.randn(4, 8), dim=-1), F.normalize(torch.randn(3, 8), dim=-1)
     y, m = torch.tensor([0, 1, 2, 0]), Mapper(8)
-    strategy = FixedStrategy({"L_con": z, "L_con sketch": m(z)}, lambda x: 9 * x @ w.T)
-    losses = ldfs_losses(strategy, batches.Batch(y))
+    strategy = FixedStrategy(lambda x: 9 * x @ w.T, {"sketch": m})
+    losses = ldfs_losses(strategy, batches.Batch(y, torch.stack([z, m(z)])))
     assert losses.keys() == {"L_con", "L_con sketch"}
     for name, x in (("L_con", z), ("L_con sketch", m(z))):
         expected = (9 * x @ w.T).logsumexp(1).mean() - (9 * x @ w.T)[range(4), y].mean()
@@ -133,8 +132,10 @@ def test_arf_losses_are_open_clips_losses_weighted():
 def test_the_encoder_learns_through_the_frozen_mapper():
     z = F.normalize(torch.randn(4, 8), dim=-1).requires_grad_()
     m = Mapper(8).requires_grad_(False)
-    strategy = FixedStrategy({"L_con sketch": m(z)}, lambda x: 9 * x @ torch.eye(8)[:3].T)
-    ldfs_losses(strategy, batches.Batch(torch.tensor([0, 1, 2, 0])))["L_con sketch"].backward()
+    strategy = FixedStrategy(lambda x: 9 * x @ torch.eye(8)[:3].T, {"sketch": m})
+    strategy.encode_image = lambda images: images  # the "images" are z
+    batch = batches.Batch(torch.tensor([0, 1, 2, 0]), images=z)
+    ldfs_losses(strategy, batch)["L_con sketch"].backward()
     assert z.grad.abs().sum() > 0 and all(p.grad is None for p in m.parameters())
 
 
@@ -232,6 +233,21 @@ def test_of_a_locked_tower_the_last_groups_move(world):
     assert {k for k, v in tuned.items() if not torch.equal(v, world.clip.original[k])} == {"visual.proj"}
     assert changed(world.clip.original, world.tuned(world.run("flyp", unlocked_groups=0))) == TEXT_TOWER
     assert changed(world.clip.original, world.tuned(world.run("flyp", lock_text=True))) == {"visual"}
+
+
+def test_a_tower_that_cannot_be_locked_in_parts_is_one_line(capsys):
+    """open_clip's ResNet is locked as a whole or not at all, and its CoCa has no such method."""
+    text = {"context_length": 8, "vocab_size": 10, "width": 8, "heads": 1, "layers": 1}
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}
+    resnet = open_clip.CLIP(16, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
+    unlock_image_tower(resnet, 0)
+    assert not any(p.requires_grad for p in resnet.visual.parameters())
+    assert not hasattr(open_clip.CoCa, "lock_image_tower")
+    for model in (resnet, SimpleNamespace(visual=torch.nn.Linear(1, 1))):
+        with pytest.raises(SystemExit) as stop:
+            unlock_image_tower(model, 1)
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and "--unlocked-groups 1: not possible (" in line
 
 
 def test_that_nothing_is_left_to_train_is_one_line(world, capsys):
@@ -506,6 +522,24 @@ def test_each_image_goes_with_its_own_caption_and_a_prompt_of_its_class(anchored
             drawn.add([torch.equal(prompt, p[y]) for p in prompts].index(True))
         order += rows
     assert sorted(order) == list(range(18)) and order != sorted(order) and drawn == {0, 1}
+
+
+def test_of_several_captions_one_is_drawn_in_each_epoch(anchored):
+    """It depends on seed and epoch alone, and each is drawn; an image with one keeps it."""
+    clip, dataset = anchored.clip, anchored.dataset
+    items = dataset.split("photo", "photo", "train", 0)
+    captions = [[f"number {10 * i + j}" for j in range(1 if i == 0 else 5)] for i in range(18)]
+    clip.tokenizer = lambda texts: torch.tensor([int(text.split()[-1]) if "number" in text else -1 for text in texts])
+    batches_of = batches.training_batches(
+        clip, dataset, "photo", items, Schedule(1, 5, 1e-3), 0, parse_method("flyp+captions"), captions=captions
+    )
+
+    def drawn(epoch):
+        return sorted(n for batch in batches_of(epoch) for n in batch.captions.tolist())
+
+    epochs = [drawn(epoch) for epoch in range(60)]
+    assert all([n // 10 for n in epoch] == [*range(18)] for epoch in epochs) and drawn(3) == epochs[3]
+    assert {n for epoch in epochs for n in epoch} == {0, *(10 * i + j for i in range(1, 18) for j in range(5))}
 
 
 def test_a_killed_arf_run_resumes_to_the_same_bits(anchored, tmp_path, monkeypatch):

@@ -4,12 +4,16 @@ import importlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import square, write_shard
+from conftest import ROOT, square, write_shard
 from hub import Hub
 from huggingface_hub import constants
 from PIL import Image
@@ -227,6 +231,43 @@ def test_a_killed_download_is_no_data_set(hub, script, tmp_path):
     assert (root / "pacs/captions.jsonl").read_text() == line  # the user's files stay
 
 
+def test_captions_survive_a_kill_at_each_move(hub, script, tmp_path, monkeypatch):
+    """The folder that has captions alone is moved away, and the complete one gets its name."""
+    serve_pacs(hub, pacs_rows(1))
+    root, line = tmp_path / "data", '{"path": "photo/dog/pic_0.png", "caption": "a dog"}\n'
+    (root / "pacs").mkdir(parents=True)
+    (root / "pacs/captions.jsonl").write_text(line)
+    rename = Path.rename
+    for target in ("replaced", "pacs"):  # where a killed move would have led
+
+        def killed(path, new, target=target):
+            if Path(new).name.startswith(target):
+                raise KeyboardInterrupt
+            return rename(path, new)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", killed)
+            script("sets/load.py", "pacs", "--data", root)
+    script("sets/load.py", "pacs", "--data", root)
+    assert (root / "pacs/captions.jsonl").read_text() == line
+    assert len([*root.glob("pacs/*/*/*.png")]) == 28 and {f.name for f in root.iterdir()} == {"pacs"}
+
+
+def test_two_processes_fetch_one_data_set_once(hub, tmp_path):
+    serve_pacs(hub, pacs_rows(2))
+    command = [sys.executable, "-m", "sets.load", "pacs", "--data", tmp_path / "data"]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sorted("fetching" in out for out, _ in outputs) == [False, True]
+    assert all("photo 14 images, art_painting 14" in out for out, _ in outputs), outputs
+    assert len([*(tmp_path / "data").glob("pacs/*/*/*")]) == 56
+    assert {f.name for f in (tmp_path / "data").iterdir()} == {"pacs"}
+
+
 def test_what_the_hub_lacks_is_one_line(hub, script, tmp_path):
     (hub.folder / "datasets").mkdir(parents=True)
     done = script("sets/load.py", "office_home", "--data", tmp_path / "data", code=2)
@@ -264,6 +305,8 @@ def test_imagenets_test_sets_are_fetched_by_name(hub, script, tmp_path):
 def test_cc3m_is_fetched_once(hub, script, tmp_path):
     shard = hub.folder / "datasets/pixparse/cc3m-wds/cc3m-train-0000.tar"
     write_shard(shard, {"0.jpg": square(0), "0.txt": b"a thing"})
+    # of a revision that had more shards, when a fetch was killed
+    write_shard(tmp_path / "data/.cc3m.part/cc3m-train-0001.tar", {"0.jpg": square(0)})
     for fetched in (True, False):
         done = script("sets/load.py", "cc3m", "--data", tmp_path / "data")
         assert ("fetching pixparse/cc3m-wds" in done.stdout) == fetched
@@ -279,6 +322,39 @@ def test_images_of_the_hub_arrive_as_they_are(hub, script, tmp_path):
     script("sets/load.py", "pacs", "--data", tmp_path / "data")
     assert (tmp_path / "data/pacs/cartoon/giraffe/pic_0.png").read_bytes() == square(1020)
     assert Image.open(io.BytesIO(square(1020))).size == (16, 16)
+
+
+@pytest.mark.parametrize("failing", ["captioner", "tokenizer"])
+def test_a_hub_that_does_not_answer_is_named(hub, failing, monkeypatch, capsys):
+    """… and not a package that transformers misses when it has no tokenizer's file."""
+    shutil.copytree(ROOT / "emoji/captioner", hub.folder / "models/stand-in/captioner")
+    hub.failing.append(failing)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda s: None, time=time.time))
+    with pytest.raises(SystemExit) as stop:
+        features.load_captioner("stand-in/captioner", torch.device("cpu"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--captioner stand-in/captioner: could not be loaded" in line
+    assert "the Hugging Face hub did not answer: HTTP Error 503" in line
+
+
+@pytest.mark.parametrize("schema", ["local-dir", "hf-hub"])
+def test_a_model_that_wants_to_run_code_is_refused(hub, tiny_data, tiny_clip, tmp_path, schema, capsys):
+    folder, proof = hub.folder / "models/stand-in/clip", tmp_path / "executed"
+    shutil.copytree(tiny_clip.removeprefix("local-dir:"), folder)
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"] |= {
+        "hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"trust_remote_code": True},
+    }
+    file.write_text(json.dumps(config))
+    auto = {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(auto))
+    (folder / "code.py").write_text(f"open({str(proof)!r}, 'w')\nclass Mine: pass\n")
+    model = {"local-dir": f"local-dir:{folder}", "hf-hub": "hf-hub:stand-in/clip"}[schema]
+    with pytest.raises(SystemExit) as stop:
+        load_clip(tiny_data, "--model", model)
+    assert stop.value.code == 2 and not proof.exists()
+    assert "its config asks to run code (trust_remote_code)" in capsys.readouterr().err
 
 
 def load_clip(tiny_data, *flags):
@@ -310,3 +386,11 @@ def test_openais_weights_need_quickgelu(tiny_data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         load_clip(tiny_data, "--model", "Tiny", "--pretrained", str(weights))
     assert stop.value.code == 2 and "--model Tiny-quickgelu" in capsys.readouterr().err
+    folder = tmp_path / "not-openai"  # no word about the weights, unlike a repository in the cache
+    cached = tmp_path / "models--timm--vit.openai" / "snapshots" / "0" / "weights.pt"
+    for path in (folder / "weights.pt", cached):
+        path.parent.mkdir(parents=True)
+        shutil.copy(weights, path)
+    load_clip(tiny_data, "--model", "Tiny", "--pretrained", str(folder / "weights.pt"))
+    with pytest.raises(SystemExit):
+        load_clip(tiny_data, "--model", "Tiny", "--pretrained", str(cached))

@@ -18,7 +18,7 @@ from sets.load import load_run
 
 def world(n=64, d=16, classes=4, seed=0):
     """Return z, labels, text_source, text_target, class_text of a made-up CLIP whose target domain
-    lies in one direction.
+    is shifted in one direction.
     """
     generator = torch.Generator().manual_seed(seed)
     class_text = F.normalize(torch.randn(classes, d, generator=generator), dim=-1)
@@ -292,8 +292,8 @@ def test_measures_of_noise_and_angles():
     z, _, text_source, text_target, _ = world()
     little, much = (measure_mapper(Mapper(16), z, text_source, text_target, s)["noise"] for s in (0.01, 1.0))
     assert 0.99 < little <= 1 and much < 0.5
-    kept = measure_mapper(lambda z: -z, z, text_source, text_target, 0.0)  # a reflection
-    assert kept["angles"] == pytest.approx(0, abs=1e-3) and kept["|Δz|"] == pytest.approx(2)
+    reflected = measure_mapper(lambda z: -z, z, text_source, text_target, 0.0)  # a reflection
+    assert reflected["angles"] == pytest.approx(0, abs=1e-3) and reflected["|Δz|"] == pytest.approx(2)
 
 
 def test_ldfs_minus_its_three_parts_is_the_controlled_baseline():

@@ -486,15 +486,15 @@ def arf(world, model, tmp_path_factory):
 
 def batches_of(result, method, seed):
     """Return the batches that one method was trained on with one seed, in their order."""
-    return [batch for batch in result.record.batches if (batch.method, batch.seed) == (method, seed)]
+    return [b for b in result.record.batches if (b.method, b.seed) == (method, seed)]
 
 
 def distance(got, expected):
-    """Return the largest root mean square difference of a tensor in two state dicts, and its name.
+    """Return the largest root mean square difference of a tensor in two models, and its name.
 
-    The mean, because Adam scales up the rounding noise of single gradients near zero. A bias of
-    attention's keys has no other gradient, since it adds the same to all scores, which softmax does
-    not see: it is left out.
+    got, expected: state dicts, or lists of tensors. It is a mean because Adam scales up the
+    rounding noise of single gradients near zero. A bias of attention's keys has no other gradient,
+    since it adds the same to all scores, which softmax does not see: it is left out.
     """
     if isinstance(got, list):
         got, expected = ({str(i): w for i, w in enumerate(weights)} for weights in (got, expected))

@@ -264,10 +264,10 @@ def change_unseen_image(world):
     draw(world.data / "unseen" / "sketch" / "owl" / "0.bmp", seed=77)
 
 
-def caption_by_hand(world):
+def caption_by_hand(world, caption="a nice hand"):
     path = world.images("train")[0].relative_to(world.tiny)
     with open(world.captions, "a") as file:
-        file.write(json.dumps({"path": str(path), "caption": "a nice hand"}) + "\n")
+        file.write(json.dumps({"path": str(path), "caption": caption}) + "\n")
 
 
 def other_captions_file(world):
@@ -351,8 +351,8 @@ def change_config(**fields):
     return lambda world: edit(world.clip / "open_clip_config.json", **fields)
 
 
-def flags(*more):
-    return lambda world: more
+def flags(*extra):
+    return lambda world: extra
 
 
 LDFS, ARF, BOTH, NONE = {"ldfs-seed0"}, {"arf-seed0"}, {"ldfs-seed0", "arf-seed0"}, set()
@@ -422,11 +422,11 @@ def test_after_a_change_evaluation_alone_gives_what_a_fresh_folder_gives(world, 
     """… the same tables and weights, bit by bit, and only what depends on the change is trained."""
     change, expected = CHANGES[name]
     before, table = world.files(), (world.run / "table.md").read_text()
-    more = change(world) or []
+    extra = change(world) or []
     fresh = fresh_copy(world)
-    printed = script("evaluate.py", *world.flags(*more)).stdout
+    printed = script("evaluate.py", *world.flags(*extra)).stdout
     assert trained(world, before) == expected
-    fresh_printed = script("run.py", *fresh.flags(*more)).stdout
+    fresh_printed = script("run.py", *fresh.flags(*extra)).stdout
     assert_same_outcomes(world, fresh)
     assert (world.run / "table.md").read_text() == (fresh.run / "table.md").read_text()
     title = "tiny, source "
@@ -442,12 +442,48 @@ def test_after_a_change_finetuning_alone_trains_as_in_a_fresh_folder(world, scri
     """… on mappers, captions and pairs of the new inputs."""
     change, expected = CHANGES[name]
     before = world.files()
-    more = change(world) or []
+    extra = change(world) or []
     fresh = fresh_copy(world)
-    script("finetune.py", *world.flags(*more))
-    script("finetune.py", *fresh.flags(*more))
+    script("finetune.py", *world.flags(*extra))
+    script("finetune.py", *fresh.flags(*extra))
     assert trained(world, before) == expected
     assert_same_outcomes(world, fresh, "mappers", "pairs", "checkpoints")
+
+
+@pytest.mark.parametrize("method, change, extra", [
+    ("coop", change_tokenizer, []), ("coop", describe(phrases={"photo": "a picture", "sketch": "a sketch"}), []),
+    ("maple", change_config(model_cfg__text_cfg__no_causal_mask=True), []),
+    ("lpft", describe(schedules={"linear": {"batch_size": 4}}), []), ("lpft", flags(), ["--init", "scratch"]),
+    ("full", flags(), ["--unlocked-groups", 1]), ("lads", change_pixels("train"), []),
+    ("clipood+lads", change_pixels("val"), []),
+    ("clipstyler", describe(phrases={"photo": "a photo", "sketch": "a drawing"}), ["--mapper-steps", 1]),
+    ("cocoop+ldfs", caption_by_hand, []),
+])
+def test_after_a_change_other_strategies_give_what_a_fresh_folder_gives(new, script, method, change, extra):
+    usual = ["--methods", method, "--alphas", "--mapper-steps", 1]
+    script("finetune.py", *new.flags(*usual))
+    before = new.files("checkpoints")
+    extra = [*usual, *extra, *(change(new) or [])]
+    new.captions.touch()
+    fresh = fresh_copy(new)
+    script("evaluate.py", *new.flags(*extra))
+    script("run.py", *fresh.flags(*extra))
+    assert f"{method}-seed0" in trained(new, before)
+    assert_same_outcomes(new, fresh)
+    assert (new.run / "table.md").read_text() == (fresh.run / "table.md").read_text()
+
+
+def test_a_second_caption_by_a_person_trains_arf_anew(new, script):
+    """It draws one of an image's captions in each epoch; a mapper takes the first."""
+    caption_by_hand(new)
+    script("finetune.py", *new.flags())
+    before = new.files("checkpoints")
+    caption_by_hand(new, "by a hand")
+    fresh = fresh_copy(new)
+    for world in (new, fresh):
+        script("finetune.py", *world.flags())
+    assert trained(new, before) == ARF
+    assert_same_outcomes(new, fresh, "mappers", "checkpoints")
 
 
 def test_two_sources_of_one_phrase_can_share_a_run_folder(new, script):
@@ -481,8 +517,8 @@ def test_the_same_command_again_makes_nothing(world, script):
     before, captions, table = world.files(), world.captions.read_text(), (world.run / "table.md").read_text()
     script("run.py", *world.flags())
     after = world.files()
-    assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name] and "measures" not in name} == set()
+    assert after.keys() == before.keys()  # scores are touched: the newest are those last asked for
+    assert {name for name in after if after[name] != before[name] and "scores" not in name} == set()
     assert features == {path: path.stat().st_mtime_ns for path in features}
     assert captions == world.captions.read_text() and table == (world.run / "table.md").read_text()
 
@@ -511,10 +547,10 @@ CANNOT_MATTER = {  # what: (methods, flags)
 
 @pytest.mark.parametrize("name", CANNOT_MATTER)
 def test_what_cannot_matter_trains_nothing(world, script, name):
-    methods, more = CANNOT_MATTER[name]
+    methods, extra = CANNOT_MATTER[name]
     script("finetune.py", *world.flags("--methods", *methods))
     before = world.files()
-    script("finetune.py", *world.flags("--methods", *methods, *more))
+    script("finetune.py", *world.flags("--methods", *methods, *extra))
     assert world.files() == before
 
 
@@ -527,8 +563,8 @@ def test_data_and_pool_may_move(world, script):
     shutil.rmtree(world.pool)
     moved = World(world.root, data="elsewhere/images")
     script("run.py", *moved.flags("--pool", world.root / "elsewhere" / "pairs"))
-    after = world.files()
-    assert after.keys() == before.keys() and (world.run / "table.md").read_text() == table
+    assert world.files().keys() == before.keys()
+    assert (world.run / "table.md").read_text() == table
     folders = "checkpoints", "mappers", "pairs"
     assert world.files(*folders) == {name: t for name, t in before.items() if name.startswith(folders)}
 
@@ -555,6 +591,8 @@ def test_a_model_may_move(world, script):
 def test_a_damaged_file_is_named_and_made_again_once_it_is_deleted(world, script, pattern):
     [path] = world.run.glob(pattern)
     table = (world.run / "table.md").read_text()
+    for score in world.run.glob("scores/arf-*-alpha0.5-*"):  # the checkpoint has to be read for it
+        score.unlink()
     path.write_bytes(path.read_bytes()[:20])
     error = script("run.py", *world.flags(), code=2).stderr
     assert path.name in error and "Delete it and run again" in error
@@ -586,12 +624,12 @@ def status_of(pid):
 
 def die_before_the_second_new_file():
     """Let this process end, as kill -9 would end it, with its second new file half made."""
-    replace, made = os.replace, []
+    replace, new_files = os.replace, []
 
     def counted(part, path):
         if not path.exists():
-            made.append(path)
-        if len(made) == 2:
+            new_files.append(path)
+        if len(new_files) == 2:
             os._exit(9)
         replace(part, path)
 
@@ -602,11 +640,11 @@ def table_of(printed):
     return printed[printed.index("tiny, source "):]
 
 
-def assert_undisturbed(world, script, *more):
+def assert_undisturbed(world, script, *extra):
     """Assert that `world` has the outcomes of an undisturbed run, and no half-finished training."""
     world.captions.touch()
     fresh = fresh_copy(world)
-    printed = script("run.py", *fresh.flags(*more)).stdout
+    printed = script("run.py", *fresh.flags(*extra)).stdout
     assert_same_outcomes(world, fresh)
     assert {*world.files("mappers", "checkpoints", "pairs")} == {*fresh.files("mappers", "checkpoints", "pairs")}
     return table_of(printed)
@@ -644,16 +682,16 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_outcome(new, scri
 @pytest.mark.parametrize("second", [[], ["--methods", "arf", "flyp", "--lr", "0.02"]])
 def test_two_runs_at_once_in_one_folder_both_print_their_table(new, script, second):
     outputs = [new.root / "first", new.root / "second"]
-    commands = [new.flags("--epochs", 3, *more) for more in ([], second)]
+    commands = [new.flags("--epochs", 3, *extra) for extra in ([], second)]
     pids = [
         fork(lambda command=command: script("run.py", *command).stdout, output)
         for command, output in zip(commands, outputs)
     ]
     assert [status_of(pid) for pid in pids] == [0, 0], [output.read_text() for output in outputs]
     new.captions.touch()
-    for more, output in zip(([], second), outputs):
+    for extra, output in zip(([], second), outputs):
         fresh = fresh_copy(new)
-        printed = script("run.py", *fresh.flags("--epochs", 3, *more)).stdout
+        printed = script("run.py", *fresh.flags("--epochs", 3, *extra)).stdout
         assert table_of(output.read_text()) == table_of(printed)
         assert_same_outcomes(new, fresh)
         shutil.rmtree(new.root / "fresh")

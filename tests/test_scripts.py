@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,71 @@ def test_the_table_answers_the_command_whatever_else_is_in_the_folder(script, ti
     assert {"lads", "ldfs", "flyp"} <= both
 
 
+def test_a_target_known_by_words_only(script, tiny_data, tiny_clip, tmp_path):
+    """Mappers are trained towards it, finetuning takes their features, its column says "not run"."""
+    shutil.rmtree(tiny_data / "tiny" / "sketch")
+    flags = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1]
+    flags += ["--mapper-steps", 2, "--run", tmp_path / "run", "--methods", "finetune", "ldfs"]
+    done = script("run_ldfs.sh", *flags)
+    assert "sketch" in done.stdout and "no images, because" in done.stderr
+    assert len([*(tmp_path / "run/mappers").glob("ldfs-sketch-*")]) == 1
+    [losses] = (tmp_path / "run/checkpoints").glob("ldfs-*.json")
+    assert "L_con sketch" in json.loads(losses.read_text())[0]
+    records = read_records(tmp_path / "run")
+    [values] = [r["values"] for r in records if (r["kind"], r["method"]) == ("accuracy", "ldfs")]
+    assert values["sketch"] is None and values["OOD mean"] == values["cartoon"] is not None
+    assert {r["domain"] for r in records if r["kind"] == "synthesis"} == {"cartoon"}
+    table = (tmp_path / "run/table.md").read_text()
+    assert "| not run |" in table and (tmp_path / "run/figure4.png").exists()
+
+
+def test_a_data_set_of_one_domain(script, tiny_data, tiny_clip, tmp_path):
+    """It can be finetuned where no method synthesises features; there is no OOD mean."""
+    description = {"phrases": {"photo": "a photo"}, "fractions": {"train": 0.6, "val": 0.1, "test": 0.3}}
+    (tiny_data / "tiny" / "dataset.json").write_text(json.dumps(description))
+    flags = ["tiny", "--data", tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1]
+    flags += ["--run", tmp_path / "run", "--methods", "finetune", "flyp"]
+    done = script("run_arf.sh", *flags)
+    [values] = [r["values"] for r in read_records(tmp_path / "run") if r["method"] == "flyp" and r["alpha"] == 1]
+    assert values["photo"] is not None and values["OOD mean"] is values["extended"] is None
+    assert re.search(r"\nflyp +both towers +[\d.]+ +–", done.stdout) and "no curve" in done.stdout
+    assert (tmp_path / "run/losses.png").exists() and "warning" not in done.stderr
+    done = script("run_ldfs.sh", *flags[:-3], "--methods", "ldfs", code=2)
+    assert "no text points from one to another" in done.stderr
+
+
+def test_what_would_fail_after_the_training_fails_before(script, tiny_data, tiny_clip, tmp_path):
+    """An image of a target that cannot be read, and an unseen data set that does not fit."""
+    flags = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1]
+    flags += ["--mapper-steps", 2, "--run", tmp_path / "run"]
+    image = tiny_data / "tiny" / "sketch" / "dog" / "3.png"
+    image.write_bytes(b"broken")
+    done = script("run_ldfs.sh", *flags, code=2)
+    assert f"{image}: not a readable image (of no known format). Replace or remove it." in done.stderr
+    description = tiny_data / "tiny" / "dataset.json"
+    for unseen, message in (("nowhere", "unknown data set 'nowhere'"), ("others", "lacks photo")):
+        content = json.loads(description.read_text()) | {"unseen": unseen}
+        description.write_text(json.dumps(content))
+        (tiny_data / "others").mkdir(exist_ok=True)
+        (tiny_data / "others/dataset.json").write_text('{"phrases": {"cartoon": "a cartoon"}}')
+        shutil.copytree(tiny_data / "tiny/cartoon", tiny_data / "others/cartoon", dirs_exist_ok=True)
+        assert message in script("run_ldfs.sh", *flags, code=2).stderr
+    assert not [*(tmp_path / "run").glob("*/*.pt")]
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_warning(script, tiny_data, tiny_clip, tmp_path, monkeypatch):
+    """… behind the tables; the figures after it are drawn."""
+    def broken(*arguments):
+        raise ValueError("Expected end of text")
+
+    flags = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1]
+    flags += ["--mapper-steps", 2, "--run", tmp_path / "run", "--methods", "ldfs"]
+    monkeypatch.setattr("report.figures.draw_losses", broken)
+    done = script("run_ldfs.sh", *flags)
+    assert "warning: broken: no figure was drawn (ValueError: Expected end of text)" in done.stderr
+    assert "\nldfs " in done.stdout and (tmp_path / "run/figure4.png").exists()
+
+
 def test_each_stage_runs_alone_and_makes_what_it_needs(script, tiny_data, tiny_clip, tmp_path):
     flags = ["tiny", "photo", "--data", tiny_data, "--model", tiny_clip, "--seeds", 1, "--epochs", 1]
     flags += ["--mapper-steps", 2, "--methods", "ldfs", "--run"]
@@ -100,7 +166,7 @@ def test_each_stage_runs_alone_and_makes_what_it_needs(script, tiny_data, tiny_c
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["tiny", "photo", "--methods", "flip"], "unknown recipe 'flip'"),
+    (["tiny", "photo", "--methods", "flip"], "unknown 'flip'. Did you mean flyp?"),
     (["tiny", "photo", "--methods", "flyp+retrieved"], "could not fetch pixparse/cc3m-wds"),
     (["tiny", "photo", "--pool", "nowhere", "--methods", "flyp+retrieved"], "nowhere has no webdataset shards"),
     (["tiny", "--kk", "1"], "unrecognized arguments: --kk 1"),
@@ -115,9 +181,10 @@ def test_bad_input_to_run_arf(script, tiny_data, tiny_clip, tmp_path, arguments,
 
 @pytest.mark.parametrize("arguments, message", [
     (["emojy", "3d"], "unknown data set 'emojy'"),
+    (["data/tiny", "photo"], "Pass tiny --data data"),
     (["tiny", "foto"], "no domain 'foto'"),
     (["tiny", "photo", "--model", "local-dir:/nowhere"], "--model local-dir:/nowhere: could not be loaded"),
-    (["tiny", "photo", "--methods", "ldsf"], "unknown recipe 'ldsf'"),
+    (["tiny", "photo", "--methods", "ldsf"], "unknown 'ldsf'. Did you mean ldfs?"),
     (["tiny", "photo", "--seed", "1"], "unrecognized arguments: --seed 1"),
     (["tiny", "photo", "--seeds", "0"], "--seeds: 0 is not a number above 0"),
 ])

@@ -15,6 +15,7 @@ import data
 import features
 from batches import Batch
 from core.config import parse
+from finetune import ldfs_losses, original_and_synthesised
 from mapper import Mapper
 from sets.load import load_run
 from strategies import towers
@@ -71,9 +72,7 @@ def world(tiny_data, tiny_clip, tmp_path):
 
 
 def loss_of(strategy, batch):
-    """What finetune.py computes: cross-entropy on every kind of feature."""
-    head = strategy.head_for(batch)
-    return sum(F.cross_entropy(head(x), batch.labels) for x in strategy.features(batch).values())
+    return sum(ldfs_losses(strategy, batch).values())
 
 
 def train_on(strategy, batch, steps=3, lr=1e-3, weight_decay=0.0):
@@ -163,32 +162,31 @@ def test_only_a_probe_is_too_fast_for_partial_checkpoints(world):
 def test_features_are_named_by_their_terms(world, train):
     mappers = frozen_mappers()
     strategy, batch = world.strategy(train, mappers=mappers), world.batch(train, mappers)
-    got = strategy.features(batch)
-    assert [*got] == ["L_con", "L_con sketch", "L_con cartoon"]
-    z = got["L_con"]
+    z, z_hats = original_and_synthesised(strategy, batch)
+    assert [*ldfs_losses(strategy, batch)] == ["L_con", "L_con sketch", "L_con cartoon"]
     if train != "maple":  # its prompts change images from the start
         assert torch.allclose(z, world.clip.encode_image(world.images), atol=1e-6)
     for domain, mapper in mappers.items():
-        assert torch.allclose(got[f"L_con {domain}"], mapper(z), atol=1e-6)
-    assert [*world.strategy(train).features(world.batch(train))] == ["L_con"]
+        assert torch.allclose(z_hats[domain], mapper(z), atol=1e-6)
+    assert [*ldfs_losses(world.strategy(train), world.batch(train))] == ["L_con"]
 
 
 def test_features_and_mappers_of_different_number_are_an_error(world):
     with pytest.raises(ValueError):
-        world.strategy("linear", mappers=frozen_mappers()).features(world.batch("linear"))
+        ldfs_losses(world.strategy("linear", mappers=frozen_mappers()), world.batch("linear"))
 
 
 @pytest.mark.parametrize("train", ["full", "clipood", "towers", "maple"])
 def test_the_current_features_are_mapped_and_pass_their_gradient_on(world, train):
     mappers = frozen_mappers()
     strategy, batch = world.strategy(train, mappers=mappers), world.batch(train)
-    before = strategy.features(batch)["L_con sketch"].detach()
-    strategy.features(batch)["L_con sketch"][:, 0].sum().backward()
+    before = original_and_synthesised(strategy, batch)[1]["sketch"].detach()
+    original_and_synthesised(strategy, batch)[1]["sketch"][:, 0].sum().backward()
     image_side = strategy.couplings if train == "maple" else world.clip.model.visual
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in image_side.parameters())
     assert all(p.grad is None for m in mappers.values() for p in m.parameters())
     train_on(strategy, batch)
-    assert not torch.allclose(strategy.features(batch)["L_con sketch"], before, atol=1e-3)
+    assert not torch.allclose(original_and_synthesised(strategy, batch)[1]["sketch"], before, atol=1e-3)
 
 
 # --- heads -------------------------------------------------------------------------------------------
@@ -448,7 +446,7 @@ def test_maples_towers_take_its_prompts_layer_by_layer(world, monkeypatch, depth
     assert not torch.allclose(before, z, atol=1e-2)
 
     batch = Batch(torch.tensor([0, 1, 2, 0, 1]), images=images)
-    assert torch.allclose(maple.features(batch)["L_con"], z, atol=1e-6)
+    assert torch.allclose(original_and_synthesised(maple, batch)[0], z, atol=1e-6)
     assert torch.allclose(maple.head_for(batch)(z), clip.logit_scale * z @ t.T, atol=1e-4)
     loss_of(maple, batch).backward()
     for name, parameter in maple.named_parameters():
