@@ -37,3 +37,6 @@ fi
 # requests it again in the next one, which on some machines takes longer than the step itself.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-200000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-20000000000}
+
+# Names of files and their content are UTF-8 in every locale, as they are by default from Python 3.15 on.
+export PYTHONUTF8=1

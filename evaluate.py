@@ -178,7 +178,8 @@ def encode_test_images(settings, dataset, clip):
     """Encode all test images by the original weights: an unreadable one is named before the long
     training, and nothing is computed twice, because zero-shot accuracy needs these features anyway.
     """
-    for tested in (dataset, load_unseen(dataset)):
+    unseen = load_unseen(dataset) if names_unseen_classes(settings) else None
+    for tested in (dataset, unseen):
         for domain, items in (tested.images.items() if tested else ()):
             cached_features(clip, tested, domain, items, settings.cache)
 
@@ -198,15 +199,22 @@ def test_inputs(settings, dataset, unseen):
     return digest(images, prompts, meta.fractions, meta.same_stem_same_thing, official)
 
 
+def names_unseen_classes(settings):
+    """Return whether a method of the run can name them: a linear head knows its own classes only.
+    """
+    return any(method.train != "linear" for method in settings.methods.values())
+
+
 def zero_shot_record(settings, dataset, unseen, clip, seed, test_key):
-    """Return the record of the original weights."""
+    """Return the record of the original weights, on unseen classes too if a method names them."""
+    open_set = names_unseen_classes(settings)
 
     def measure_zero_shot():
-        features_of = original_features(settings, clip)
-        scores = measure(settings, dataset, unseen, clip, seed, features_of, trained=None)
+        features_of, unseen_set = original_features(settings, clip), unseen if open_set else None
+        scores = measure(settings, dataset, unseen_set, clip, seed, features_of, trained=None)
         return record(settings, "accuracy", "zero-shot", seed, **scores)
 
-    inputs = clip.key, test_key, seed, names_of(settings)
+    inputs = clip.key, test_key, seed, open_set, names_of(settings)
     path = artifact_path(settings.run / "scores", f"zero-shot-seed{seed}", inputs, ".json")
     return score(path, measure_zero_shot)
 

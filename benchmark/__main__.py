@@ -2,7 +2,6 @@
 
     python -m benchmark                                              # ViT-B/16, on a GPU
     python -m benchmark --model local-dir:emoji/clip --classes 37    # on a laptop: two minutes
-    python -m benchmark … --growth                                   # also how costs grow
 
 Every row is stored in --out as soon as it is measured. What is compared takes turns, and the median
 of --rounds counts. On a CPU time is the CPU time of one thread (--threads), because other work on
@@ -12,7 +11,6 @@ the machine changes wall time. Pixels are random, and so are weights unless --mo
 
 import copy
 import gc
-import math
 import statistics
 import tempfile
 import textwrap
@@ -41,15 +39,11 @@ from features import Clip, autocast, encode_images, precision, resolve_local
 from finetune import arf_losses, ldfs_losses
 from mapper import new_mapper, train_mapper
 from report.tables import aligned
-from strategies.base import LinearProbe
 from strategies.towers import BothTowers, FullFinetuning
 
 PEERS = {"finetune": "WiSE-FT's", "flyp": "FLYP's", "arf": "three forwards"}
-MAPPERS = {
-    "lads": " (a kind transcription: its real step takes twice as long)", "ldfs": "", "global": "",
-}
+MAPPERS = ("lads", "ldfs", "global")
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's sheets
-GROWTH = {"images": 2000, "classes": 250, "targets": 2, "pool": 10_000}  # the smallest sizes
 
 
 def measure(calls, rounds, clock):
@@ -67,36 +61,30 @@ def measure(calls, rounds, clock):
     return {name: statistics.median(seconds) for name, seconds in times.items()}, results
 
 
-class Report:
-    """Tables, whose rows are stored in a JSON file as soon as they are measured."""
+def print_table(content, path, title, rows):
+    """Measure and print the rows {what: function that returns {column: value}} of a table.
 
-    def __init__(self, path, about):
-        self.path = path
-        self.content = {**about, "tables": {}}
-
-    def table(self, title, rows):
-        """Measure, store and print the rows {what: function that returns {column: value}}.
-
-        If the memory does not suffice for a row, the row says so, and the next ones follow.
-        """
-        table = self.content["tables"][title] = []
-        for what, measure in rows.items():
-            try:
-                table.append({"what": what, **measure()})
-            except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
-                if not is_out_of_memory(error):
-                    raise
-                table.append({"what": f"{what}: out of memory"})
-            save(self.content, self.path)
-            gc.collect()  # models that a traceback has kept, before the next ones are made
-            torch.cuda.empty_cache()
-        columns = [*dict.fromkeys(column for row in table for column in row)]
-        lines = [
-            [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-            for values in ([row.get(column, "") for column in columns] for row in table)
-        ]
-        heads = [textwrap.fill(column, 13, break_long_words=False) for column in columns]
-        print(f"\n{title}:\n\n{aligned(heads, lines)}", flush=True)
+    Each row is added to `content`, which is stored in `path`, as soon as it is measured. If the
+    memory does not suffice for a row, the row says so, and the next ones follow.
+    """
+    table = content["tables"][title] = []
+    for what, measure_row in rows.items():
+        try:
+            table.append({"what": what, **measure_row()})
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            if not is_out_of_memory(error):
+                raise
+            table.append({"what": f"{what}: out of memory"})
+        save(content, path)
+        gc.collect()  # models that a traceback has kept, before the next ones are made
+        torch.cuda.empty_cache()
+    columns = [*dict.fromkeys(column for row in table for column in row)]
+    lines = []
+    for row in table:
+        values = [row.get(column, "") for column in columns]
+        lines.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
+    heads = [textwrap.fill(column, 13, break_long_words=False) for column in columns]
+    print(f"\n{title}:\n\n{aligned(heads, lines)}", flush=True)
 
 
 def compare(ours, peers):
@@ -117,9 +105,7 @@ def new_clip(name, device):
     """Return a Clip as features.load_clip does; its weights are random if `name` brings none."""
     place = resolve_local(name)
     try:
-        model, augment, preprocess = open_clip.create_model_and_transforms(
-            place, device=device, aug_cfg={"scale": (0.9, 1.0)}
-        )
+        model, augment, preprocess = open_clip.create_model_and_transforms(place, device=device)
         tokenizer = open_clip.get_tokenizer(place)
     except Exception as error:  # whatever the hub or a bad config raises
         fail(f"--model {name}: {one_line(error)}. Name a model of open_clip, or local-dir:PATH.")
@@ -127,42 +113,40 @@ def new_clip(name, device):
     return Clip(model, preprocess, augment, tokenizer, device, name)
 
 
-def copy_clip(clip, memory_format=torch.channels_last):
-    """Return a Clip with its own copy of the model, to be trained."""
-    return replace(clip, model=copy.deepcopy(clip.model).to(memory_format=memory_format))
+def image_size(clip):
+    """Return [height, width] of the model's input."""
+    return torch.tensor(clip.model.visual.image_size).expand(2).tolist()
 
 
-def new_batch(clip, n, classes):
-    """Return a Batch of n images, captions and retrieved pairs, of `classes` classes."""
-    size = torch.tensor(clip.model.visual.image_size).expand(2).tolist()
-    images, pool_images = torch.randn(2, n, 3, *size, device=clip.device)
+def new_batch(method, clip, n, classes):
+    """Return a Batch of n images of `classes` classes, for ARF with captions and n pairs."""
+    def new_images():
+        return torch.randn(n, 3, *image_size(clip), device=clip.device)
+
+    def tokens(text, numbers):
+        return clip.tokenizer([text.format(i) for i in numbers]).to(clip.device)
+
     labels = torch.arange(n) % classes
-    texts = [f"a photo of {y}" for y in labels.tolist()]
-    texts += [f"a dog {i} on a table" for i in range(n)]
-    texts += [f"a cat {i} on a table" for i in range(n)]
-    prompts, captions, pool_texts = clip.tokenizer(texts).to(clip.device).split(n)
-    labels = labels.to(clip.device)
-    return Batch(labels, None, images, prompts, captions, pool_images, pool_texts, n_pairs=n)
-
-
-def batch_for(method, batch):
-    """Return (the Batch without what `method` does not use, its number of images)."""
-    n = len(batch.labels)
+    prompts = tokens("a photo of {}", labels.tolist())
+    batch = Batch(labels.to(clip.device), images=new_images(), prompts=prompts)
     if method == "arf":
-        return batch, 2 * n
-    return replace(batch, captions=None, pool_images=None, pool_texts=None, n_pairs=0), n
+        batch.captions = tokens("a dog {} on a table", range(n))
+        batch.pool_images, batch.n_pairs = new_images(), n
+        batch.pool_texts = tokens("a cat {} on a table", range(n))
+    return batch
 
 
-def new_strategy(method, clip, class_text, batch):
-    """Return the Strategy of a method, which makes its parameters in `clip` trainable."""
+def new_strategy(method, clip, class_text, memory_format=torch.channels_last):
+    """Return the Strategy of a method, which trains its own copy of the model."""
+    model = copy.deepcopy(clip.model).to(memory_format=memory_format)
+    clip = replace(clip, model=model)
     if method == "finetune":
         return FullFinetuning(clip, class_text)
-    return BothTowers(clip, batch.prompts)
+    return BothTowers(clip, class_tokens=None)  # the contrastive losses use no head
 
 
-def our_step(method, clip, class_text, batch):
+def our_step(method, strategy, batch):
     """Return a function that takes a step as finetune.train does and returns its loss."""
-    strategy = new_strategy(method, clip, class_text, batch)
     parameters = [p for p in strategy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-5, weight_decay=0.1, fused=True)
 
@@ -170,7 +154,7 @@ def our_step(method, clip, class_text, batch):
         if method == "finetune":
             losses = ldfs_losses(strategy, batch)
         else:
-            losses = arf_losses(clip, batch)
+            losses = arf_losses(strategy.clip, batch)
         loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()
@@ -183,40 +167,37 @@ def our_step(method, clip, class_text, batch):
     return step
 
 
-def peer_step(method, clip, class_text, batch):
+def peer_step(method, strategy, batch):
     """Return a function that takes the peer's step from the same start and returns its loss."""
-    strategy, model = new_strategy(method, clip, class_text, batch), clip.model
-    optimizer = peers.adamw(strategy.parameters())
+    model = strategy.clip.model
+    optimizer = torch.optim.AdamW(strategy.parameters(), 1e-5, weight_decay=0.1)
 
+    @autocast(strategy.clip.device)
     def step():
-        with autocast(clip.device):
-            if method == "finetune":
-                head = strategy.head
-                return peers.wise_ft_step(model, head, optimizer, batch.images, batch.labels)
-            if method == "flyp":
-                return peers.flyp_step(model, optimizer, batch.images, batch.prompts)
-            return peers.arf_step(model, optimizer, batch)
+        if method == "finetune":
+            inputs = peers.wise_ft_loss, model, strategy.head, batch
+            return peers.step(optimizer, *inputs, max_norm=1.0)
+        loss_fn = peers.flyp_loss if method == "flyp" else peers.arf_loss
+        return peers.step(optimizer, loss_fn, model, batch)
 
     return step
 
 
-def compare_steps(method, clip, class_text, batch, loader_rate, watch):
+def compare_steps(method, clip, class_text, batch, watch):
     """Return a row: our step beside the peer's, as it is written and in our memory format.
 
     images/s: of all images of a step, including retrieved ones, which the loader has to deliver.
     """
-    batch, images = batch_for(method, batch)
-    layout = torch.contiguous_format  # PyTorch's default
+    default_format = new_strategy(method, clip, class_text, torch.contiguous_format)
     seconds, losses = watch({
-        "ours": our_step(method, copy_clip(clip), class_text, batch),
-        "as written": peer_step(method, copy_clip(clip, layout), class_text, batch),
-        "channels_last": peer_step(method, copy_clip(clip), class_text, batch),
+        "ours": our_step(method, new_strategy(method, clip, class_text), batch),
+        "as written": peer_step(method, default_format, batch),
+        "channels_last": peer_step(method, new_strategy(method, clip, class_text), batch),
     })
     return {
         **compare(seconds["ours"], seconds["as written"]),
         "peer's / ours in channels_last": seconds["channels_last"] / seconds["ours"],
-        "images/s": images / seconds["ours"],
-        "loader's images/s": loader_rate,
+        "images/s": (len(batch.labels) + batch.n_pairs) / seconds["ours"],
         "loss differs by": abs(losses["ours"] - losses["as written"]),
     }
 
@@ -228,7 +209,7 @@ def compare_steps(method, clip, class_text, batch, loader_rate, watch):
 def measure_gpu(step, images, watch, flops=None):
     """Return a row. MFU: FLOPs a second, as PyTorch counts them, of what the GPU can do in bf16."""
     name = torch.cuda.get_device_name()
-    peak = next((flops for kind, flops in PEAK.items() if kind in name), None)
+    peak = next((peak for kind, peak in PEAK.items() if kind in name), None)
     torch.cuda.reset_peak_memory_stats()
     seconds = watch({"step": step})[0]["step"]
     return {
@@ -240,15 +221,14 @@ def measure_gpu(step, images, watch, flops=None):
 
 def measure_training(method, compiled, clip, class_text, batch, watch):
     """Return a row of our step, with or without torch.compile."""
-    batch, images = batch_for(method, batch)
-    clip = copy_clip(clip)
-    step = our_step(method, clip, class_text, batch)
+    strategy = new_strategy(method, clip, class_text)
+    step, model = our_step(method, strategy, batch), strategy.clip.model
     with FlopCounterMode(display=False) as counter:  # before compiling, which hides the operations
         step()
     if compiled:
-        clip.model.encode_image = torch.compile(clip.model.encode_image)
-        clip.model.encode_text = torch.compile(clip.model.encode_text)
-    return measure_gpu(step, images, watch, counter.get_total_flops())
+        model.encode_image = torch.compile(model.encode_image)
+        model.encode_text = torch.compile(model.encode_text)
+    return measure_gpu(step, len(batch.labels) + batch.n_pairs, watch, counter.get_total_flops())
 
 
 def new_captioner(device):
@@ -264,8 +244,8 @@ def new_captioner(device):
         return Blip2ForConditionalGeneration._from_config(config, dtype=precision(device)).eval()
 
 
-def measure_captions(batch_size, device, watch, beams=5, length=30):
-    """Return a row of captions, all of them of `length` tokens."""
+def measure_captions(batch_size, device, watch):
+    """Return a row of captions by 5 beams, all of them of 30 tokens."""
     model = new_captioner(device)
     config = model.config
     size = config.vision_config.image_size
@@ -274,9 +254,8 @@ def measure_captions(batch_size, device, watch, beams=5, length=30):
     tokens = torch.full(shape, config.image_token_index, device=device)
     tokens[:, -1] = 2
     write = partial(
-        model.generate, pixel_values=pixels, input_ids=tokens,
-        attention_mask=torch.ones_like(tokens), num_beams=beams, min_new_tokens=length,
-        max_new_tokens=length, do_sample=False,
+        model.generate, pixel_values=pixels, input_ids=tokens, num_beams=5, do_sample=False,
+        attention_mask=torch.ones_like(tokens), min_new_tokens=30, max_new_tokens=30,
     )
     return measure_gpu(write, batch_size, watch)
 
@@ -290,11 +269,10 @@ def compare_mappers(recipe_name, device, watch, n=412, d=384, classes=37):
     labels = torch.arange(n) % classes
     features = [unit(n, d), labels, unit(n, d), unit(n, d), unit(classes, d)]  # z, y, t^s, t^k, T
     features = [x.to(device) for x in features]
-    calls = {
+    seconds, losses = watch({
         "ours": lambda: train_mapper(*features, parse_recipe(recipe_name))[1][0],
         "LADS's": lambda: peers.train_lads(new_mapper(d, 0).to(device).net, *features),
-    }
-    seconds, losses = watch(calls, rounds=2)  # a training repeats its step often enough
+    }, rounds=2)  # a training repeats its step often enough
     row = compare(seconds["ours"], seconds["LADS's"])
     if recipe_name == "lads":
         row["loss differs by"] = abs(sum(losses["ours"].values()) - losses["LADS's"])
@@ -312,80 +290,35 @@ def compare_searches(watch, queries=800, pool=20_000, d=384, k=10):
     return {"queries": queries, "pool": pool, **compare(*seconds.values()), "same ids": same}
 
 
-def write_images(clip, n, folder):
-    """Return [(Location, 0)] of n JPEG files of noise, 1.5 times as large as the model's input."""
-    size = int(1.5 * torch.tensor(clip.model.visual.image_size).max())
-    for i in range(n):
-        noise = Image.effect_noise((size, size), 64).convert("RGB")
-        noise.save(Path(folder, f"{i}.jpg"))
-    return [(Location(folder, f"{i}.jpg"), 0) for i in range(n)]
+def measure_evaluation(clip, images, copies, watch):
+    """Return a row: images/s of evaluation, of the loader alone, with and without augmentation, and
+    of the model alone.
 
-
-def load(clip, items, transform, batch_size):
-    """Load all images as training and evaluation do: by worker processes if there is a GPU."""
-    order = in_order(len(items), batch_size)
-    for _ in image_batches(items, transform, order, clip.device):
-        pass
-
-
-def compare_evaluation(clip, items, images, watch):
-    """Return a row: images/s of evaluation, of the loader alone, and of the model alone.
-
-    images: (B, 3, H, W), a batch in memory for the model alone.
+    images: (B, 3, H, W), a batch in memory for the model alone. Files are B JPEGs of noise, 1.5
+    times as large as the model's input. Each is read `copies` times, by worker processes if there
+    is a GPU.
     """
-    n = len(images)
+    n, size = len(images), int(1.5 * max(image_size(clip)))
 
+    def load(transform):
+        return [None for _ in image_batches(items, transform, in_order(len(items), n), clip.device)]
+
+    @torch.no_grad()
+    @autocast(clip.device)
     def model_alone():
-        with autocast(clip.device):
-            peers.raw_features(clip.model, [images] * (len(items) // n))
+        return [clip.model.encode_image(images).cpu() for _ in range(copies)]
 
-    seconds, _ = watch({
-        "images/s": lambda: encode_images(clip, items, n),
-        "loader's images/s": lambda: load(clip, items, clip.preprocess, n),
-        "model's images/s": model_alone,
-    })
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(n):
+            Image.effect_noise((size, size), 64).convert("RGB").save(f"{folder}/{i}.jpg")
+        items = [(Location(folder, f"{i}.jpg"), 0) for i in range(n)] * copies
+        seconds, _ = watch({
+            "evaluation": lambda: encode_images(clip, items, n),
+            "loader": lambda: load(clip.preprocess),
+            "loader with augmentation": lambda: load(clip.augment),
+            "model alone": model_alone,
+        })
     return {name: len(items) / seconds[name] for name in seconds}
-
-
-# -------------------------------------------------------------------------------------------------
-# Growth
-
-
-def probe_epoch(clip, n=512, classes=37, targets=0, d=256):
-    """Return a function that trains a linear probe for an epoch."""
-    z = unit(targets + 1, n, d).to(clip.device)
-    labels = (torch.arange(n) % classes).to(clip.device)
-    mappers = dict.fromkeys(map(str, range(targets)))  # only their names are used: z contains ẑ
-    probe = LinearProbe(clip, unit(classes, d), mappers)
-    optimizer = torch.optim.AdamW(probe.parameters(), fused=True)
-
-    def epoch():
-        for i in torch.randperm(n, device=clip.device).split(256):
-            loss = sum(ldfs_losses(probe, Batch(labels[i], z[:, i])).values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    return epoch
-
-
-def measure_growth(what, clip, watch):
-    """Return a row: ms at GROWTH's size and at 2, 4 and 8 times as much; the exponent of growth.
-
-    images, classes, targets: an epoch of a linear probe; pool: a search by 256 queries. exponent:
-    the slope of log ms on log size.
-    """
-    def new_call(size):
-        if what == "pool":
-            return partial(search, unit(256, 256), unit(size, 256).split(10_000), 10)
-        return probe_epoch(clip, **{"n" if what == "images" else what: size})
-
-    factors = (1, 2, 4, 8)
-    sizes = [GROWTH[what] * factor for factor in factors]
-    seconds, _ = watch({size: new_call(size) for size in sizes})
-    x, y = [math.log(size) for size in sizes], [math.log(seconds[size]) for size in sizes]
-    columns = {f"x {factor}, ms": 1e3 * seconds[size] for factor, size in zip(factors, sizes)}
-    return {"from": sizes[0], **columns, "exponent": statistics.linear_regression(x, y).slope}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -400,7 +333,6 @@ def main():
     add("--classes", type=count, default=1000, help="classes of the images (default: 1000)")
     add("--rounds", type=count, default=7, help="how often each is measured (default: 7)")
     add("--threads", type=count, default=1, help="of a CPU (default: 1)")
-    add("--growth", action="store_true", help="also how costs grow with sizes")
     add("--out", type=Path, default=Path("runs/benchmark.json"),
         help="where the numbers are stored (default: runs/benchmark.json)")
     args = parser.parse_args()
@@ -409,8 +341,7 @@ def main():
     gpu = device.type == "cuda"
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    clock = timer if gpu else time.process_time
-    watch = partial(measure, rounds=args.rounds, clock=clock)
+    watch = partial(measure, rounds=args.rounds, clock=timer if gpu else time.process_time)
     about = {
         "device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__,
         "precision": str(precision(device)).removeprefix("torch."), "threads": args.threads,
@@ -418,45 +349,35 @@ def main():
         "batch": args.batch_size, "classes": args.classes, "rounds": args.rounds,
     }
     print(", ".join(f"{name}: {value}" for name, value in about.items()))
-    report = Report(args.out, about)
+    table = partial(print_table, {**about, "tables": {}}, args.out)
     clip = new_clip(args.model, device)
-    batch = new_batch(clip, args.batch_size, args.classes)
-    class_text = unit(args.classes, clip.encode_text(batch.prompts[:1]).shape[1])
+    batches = {m: new_batch(m, clip, args.batch_size, args.classes) for m in PEERS}
+    class_text = unit(args.classes, clip.encode_text(batches["flyp"].prompts[:1]).shape[1])
 
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_images(clip, args.batch_size, folder)
-        items = files * (64 if gpu else 4)  # enough batches to keep all workers busy
-        loading = partial(load, clip, items, clip.augment, args.batch_size)
-        rate = len(items) / watch({"loader": loading})[0]["loader"]
-        report.table("training steps", {
-            f"{method} / {peer}": partial(
-                compare_steps, method, clip, class_text, batch, rate, watch
-            )
-            for method, peer in PEERS.items()
-        })
-        report.table("evaluation", {
-            f"{len(items)} images": partial(compare_evaluation, clip, items, batch.images, watch)
-        })
-    report.table("training of a mapper", {
-        f"{name} / LADS's{remark}": partial(compare_mappers, name, device, watch)
-        for name, remark in MAPPERS.items()
+    table("training steps", {
+        f"{m} / {peer}": partial(compare_steps, m, clip, class_text, batches[m], watch)
+        for m, peer in PEERS.items()
     })
-    report.table("exact search", {"ours / one FAISS index": partial(compare_searches, watch)})
-    if gpu:
-        rows = {
-            method + ", compiled" * compiled: partial(
-                measure_training, method, compiled, clip, class_text, batch, watch
-            )
-            for method in PEERS for compiled in (False, True)
-        }
-        captions = partial(measure_captions, args.caption_batch, device, watch)
-        report.table("our steps on the GPU", {**rows, "captions, as BLIP-2's": captions})
-    else:
-        print("\nnot run, because there is no GPU: peak memory, MFU, torch.compile, captions")
-    if args.growth:
-        report.table("how costs grow with sizes", {
-            what: partial(measure_growth, what, clip, watch) for what in GROWTH
-        })
+    copies = 64 if gpu else 4  # enough batches to keep all workers busy
+    table("evaluation, images/s", {
+        f"{args.batch_size * copies} images": partial(
+            measure_evaluation, clip, batches["flyp"].images, copies, watch
+        )
+    })
+    table("training of a mapper (LADS's real step takes twice as long as the peer's here)", {
+        f"{name} / LADS's": partial(compare_mappers, name, device, watch) for name in MAPPERS
+    })
+    table("exact search", {"ours / one FAISS index": partial(compare_searches, watch)})
+    if not gpu:
+        return print("\nnot run, because there is no GPU: peak memory, MFU, torch.compile, captions")
+    rows = {
+        m + ", compiled" * compiled: partial(
+            measure_training, m, compiled, clip, class_text, batches[m], watch
+        )
+        for m in PEERS for compiled in (False, True)
+    }
+    captions = partial(measure_captions, args.caption_batch, device, watch)
+    table("our steps on the GPU", {**rows, "captions, as BLIP-2's": captions})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The peers of the benchmark: steps of the papers' public code, written afresh.
 
 The operations and their order are those of that code, also where another way would be faster; the
-names are ours. Each step takes a model of open_clip's and returns its loss as a number.
+names are ours. `model` is one of open_clip's, `batch` a Batch of batches.py.
 """
 
 import torch
@@ -11,59 +11,45 @@ from open_clip import ClipLoss
 clip_loss = ClipLoss()
 
 
-def adamw(parameters, lr=1e-5, weight_decay=0.1):
-    """Return the optimizer of FLYP and WiSE-FT: torch.optim.AdamW with its defaults."""
-    trained = [p for p in parameters if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-
-
-def flyp_step(model, optimizer, images, texts):
-    """Take a step of FLYP (src/models/flyp_loss.py); equal texts are encoded several times."""
+def step(optimizer, loss_fn, *inputs, max_norm=None):
+    """Take a step by the loss loss_fn(*inputs) and return it as a number."""
     optimizer.zero_grad()
-    image_features, text_features, logit_scale = model(images, texts)
-    loss = clip_loss(image_features, text_features, logit_scale)
+    loss = loss_fn(*inputs)
     loss.backward()
+    if max_norm:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
     return loss.item()
 
 
-def arf_step(model, optimizer, batch):
-    """Take a naive step of ARF, which has no public code: a forward pass of FLYP for each term, so
-    that the training images are encoded twice.
+def flyp_loss(model, batch):
+    """Return the loss of FLYP (src/models/flyp_loss.py); equal texts are encoded several times."""
+    return clip_loss(*model(batch.images, batch.prompts))
 
-    batch: a Batch of batches.py.
+
+def arf_loss(model, batch):
+    """Return the loss of a naive ARF, which has no public code: a forward pass of FLYP for each
+    term, so that the training images are encoded twice.
     """
-    optimizer.zero_grad()
     class_loss = clip_loss(*model(batch.images, batch.prompts))
     caption_loss = clip_loss(*model(batch.images, batch.captions))
-    retrieved_loss = clip_loss(*model(batch.pool_images, batch.pool_texts))
-    loss = class_loss + caption_loss + retrieved_loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+    return class_loss + caption_loss + clip_loss(*model(batch.pool_images, batch.pool_texts))
 
 
-def wise_ft_step(model, head, optimizer, images, labels):
-    """Take a step of WiSE-FT (src/models/finetune.py): image tower and head, clipped at 1."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()
-    features = model.encode_image(images)
+def wise_ft_loss(model, head, batch):
+    """Return the loss of WiSE-FT (src/models/finetune.py), whose gradient is clipped at norm 1."""
+    features = model.encode_image(batch.images)
     features = features / features.norm(dim=-1, keepdim=True)
-    loss = torch.nn.CrossEntropyLoss()(head(features.float()), labels)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    return loss.item()
+    return F.cross_entropy(head(features.float()), batch.labels)
 
 
-def lads_step(net, optimizer, z, labels, text_source, text_target, class_text, class_weight):
-    """Take a step of LADS (methods/augmentations.py): half the direction of the output, half the
-    class of its unit vector. Tensors are those of mapper.lads_loss.
+def lads_loss(net, z, labels, text_source, text_target, class_text, class_weight):
+    """Return the loss of LADS (methods/augmentations.py): half the direction of the output, half
+    the class of its unit vector. Tensors are those of mapper.lads_loss.
 
     This transcription is kind. LADS's real step loops over the images in Python and uses
     transformers' AdamW, which makes it about half as fast.
     """
-    optimizer.zero_grad()
     output = net(z)
     image_difference = output - z
     image_difference = image_difference / image_difference.norm(dim=-1, keepdim=True)
@@ -71,11 +57,7 @@ def lads_step(net, optimizer, z, labels, text_source, text_target, class_text, c
     text_difference = text_difference / text_difference.norm(dim=-1, keepdim=True)
     direction = (1 - (image_difference * text_difference).sum(dim=-1)).mean()
     unit = output / output.norm(dim=-1, keepdim=True)
-    class_loss = F.cross_entropy(unit @ class_text.T, labels, class_weight)
-    loss = 0.5 * direction + 0.5 * class_loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+    return 0.5 * direction + 0.5 * F.cross_entropy(unit @ class_text.T, labels, class_weight)
 
 
 def train_lads(net, z, labels, text_source, text_target, class_text):
@@ -87,7 +69,7 @@ def train_lads(net, z, labels, text_source, text_target, class_text):
         batches = torch.randperm(len(z), generator=generator, device=z.device).split(256)
         for i in batches:
             batch = z[i], labels[i], text_source[i], text_target[i]
-            losses.append(lads_step(net, optimizer, *batch, class_text, class_weight))
+            losses.append(step(optimizer, lads_loss, net, *batch, class_text, class_weight))
     return sum(losses[:len(batches)]) / len(batches)
 
 
@@ -99,9 +81,3 @@ def search(queries, pool, k):
     index.add(pool.numpy())
     scores, ids = index.search(queries.numpy(), k)
     return torch.from_numpy(scores), torch.from_numpy(ids)
-
-
-@torch.no_grad()
-def raw_features(model, batches):
-    """Return the model's features, without anything else, of images in memory: (N, d)."""
-    return torch.cat([model.encode_image(images) for images in batches])

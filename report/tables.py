@@ -228,8 +228,7 @@ def short_table(records):
     """Return one aligned table of accuracies: as much of it as fits into WIDTH."""
     rows = rows_of(records)
     several = len({row.trained for row in rows if row.trained}) > 1
-    trained = [r for r in records if r["trained"]] or records  # zero-shot can name any class
-    shown = ["ID", *(k for k in MEANS[1:] if any(k in r["values"] for r in trained))]
+    shown = ["ID", *(k for k in MEANS[1:] if any(k in r["values"] for r in records))]
     compared = comparisons(rows)
     main = [c for c in compared if c[2] == "flyp"] or compared
     without_id = [c for c in main if c[0] != "ID"]

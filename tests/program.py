@@ -196,12 +196,7 @@ def accuracies(folder, method, seed, alpha=1):
         record["values"] for record in RUNS[str(folder)][3]
         if (record["method"], record["seed"], record["alpha"]) == (method, seed, alpha)
     ]
-    settings = RUNS[str(folder)][0]
-    names_unseen = any(m.train != "linear" for m in settings.methods.values())  # the table's column
-    return {
-        name: value for name, value in values.items()
-        if name != "extended" and (names_unseen or not name.startswith("unseen"))
-    }
+    return {name: value for name, value in values.items() if name != "extended"}
 
 
 def feature_measures(folder, recipe, domain, seed):

@@ -19,21 +19,20 @@ def clip(tiny_clip):
 
 @pytest.fixture
 def inputs(clip):
-    """What a step takes: a Clip, class texts of three classes, a Batch of six images."""
-    return clip, benchmark.unit(3, 32), benchmark.new_batch(clip, 6, 3)
+    """{method: what its steps take: a Clip, class texts of three classes, a Batch of six images}."""
+    class_text = benchmark.unit(3, 32)
+    return {m: (clip, class_text, benchmark.new_batch(m, clip, 6, 3)) for m in benchmark.PEERS}
 
 
 @pytest.fixture
 def tiny_sizes(monkeypatch):
-    """Mappers, a pool and growth small enough for a test."""
+    """Mappers and a pool small enough for a test."""
     small = {"compare_mappers": {"n": 300, "d": 16, "classes": 4}}
     small["compare_searches"] = {"queries": 5, "pool": 40, "d": 16, "k": 2}
     for name, sizes in small.items():
         monkeypatch.setattr(benchmark, name, functools.partial(getattr(benchmark, name), **sizes))
     quick = functools.partial(benchmark.train_mapper, rounds=2)
     monkeypatch.setattr(benchmark, "train_mapper", quick)
-    growth = {"images": 300, "classes": 10, "targets": 1, "pool": 100}
-    monkeypatch.setattr(benchmark, "GROWTH", growth)
 
 
 @pytest.fixture
@@ -61,11 +60,10 @@ def one_second_each(calls):
 @pytest.mark.parametrize("method", benchmark.PEERS)
 def test_peers_take_our_steps(method, inputs):
     """Their losses are ours, also after the weights have moved: they differ in speed alone."""
-    clip, class_text, batch = inputs
-    batch, _ = benchmark.batch_for(method, batch)
+    clip, class_text, batch = inputs[method]
     losses = []
     for new_step in (benchmark.our_step, benchmark.peer_step):
-        step = new_step(method, benchmark.copy_clip(clip), class_text, batch)
+        step = new_step(method, benchmark.new_strategy(method, clip, class_text), batch)
         losses.append([step() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][0] - losses[0][2] > 1e-4
@@ -73,19 +71,18 @@ def test_peers_take_our_steps(method, inputs):
 
 @pytest.mark.parametrize("method", benchmark.PEERS)
 def test_both_clip_gradients_at_1_for_plain_finetuning_only(method, inputs, monkeypatch):
-    clip, class_text, batch = inputs
-    batch, _ = benchmark.batch_for(method, batch)
+    clip, class_text, batch = inputs[method]
     norms = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm))
     for new_step in (benchmark.our_step, benchmark.peer_step):
-        new_step(method, benchmark.copy_clip(clip), class_text, batch)()
+        new_step(method, benchmark.new_strategy(method, clip, class_text), batch)()
     assert norms == ([1.0, 1.0] if method == "finetune" else [])
 
 
 def test_a_step_leaves_the_benchmarks_own_model_as_it_is(inputs):
-    clip, class_text, batch = inputs
+    clip, class_text, batch = inputs["arf"]
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    benchmark.our_step("arf", benchmark.copy_clip(clip), class_text, batch)()
+    benchmark.our_step("arf", benchmark.new_strategy("arf", clip, class_text), batch)()
     assert all(value.equal(before[name]) for name, value in clip.model.state_dict().items())
     assert not any(p.requires_grad for p in clip.model.parameters())
 
@@ -95,17 +92,11 @@ def test_lads_takes_100_steps_on_412_images_and_learns():
     net, labels = new_mapper(16, 0).net, torch.arange(412) % 4
     inputs = z, labels, t_s, t_k, class_text
     first = peers.train_lads(net, *inputs)
-    taken = [0]
-    again = functools.partial(count_calls, peers.lads_step, taken)
+    steps, take_step = [], peers.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "lads_step", again)
+        patch.setattr(peers, "step", lambda *of: steps.append(take_step(*of)) or steps[-1])
         assert peers.train_lads(net, *inputs) < first - 0.1
-    assert taken == [100]
-
-
-def count_calls(function, calls, *inputs):
-    calls[0] += 1
-    return function(*inputs)
+    assert len(steps) == 100
 
 
 # -------------------------------------------------------------------------------------------------
@@ -122,15 +113,13 @@ def test_the_median_of_calls_that_take_turns():
 
 def test_a_row_is_stored_before_the_next_one_is_measured(tmp_path, capsys):
     path = tmp_path / "out.json"
-    report = benchmark.Report(path, {"device": "CPU"})
-
     def second():
         stored = json.loads(path.read_text())
         assert stored == {"device": "CPU", "tables": {"times": [{"what": "a", "ms": 1.0}]}}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report.table("times", {"a": lambda: {"ms": 1.0}, "b": second})
+        benchmark.print_table({"device": "CPU", "tables": {}}, path, "times", {"a": lambda: {"ms": 1.0}, "b": second})
     assert [row["what"] for row in json.loads(path.read_text())["tables"]["times"]] == ["a"]
 
 
@@ -142,8 +131,8 @@ def test_out_of_memory_is_a_row_and_the_next_ones_follow(tmp_path, capsys, error
     def fail():
         raise error
 
-    report = benchmark.Report(tmp_path / "out.json", {})
-    report.table("steps", {"large": fail, "small": lambda: {"ms": 2.0}})
+    rows = {"large": fail, "small": lambda: {"ms": 2.0}}
+    benchmark.print_table({"tables": {}}, tmp_path / "out.json", "steps", rows)
     rows = json.loads((tmp_path / "out.json").read_text())["tables"]["steps"]
     assert rows == [{"what": "large: out of memory"}, {"what": "small", "ms": 2.0}]
     assert "large: out of memory" in capsys.readouterr().out
@@ -154,7 +143,7 @@ def test_another_error_is_not_taken_for_it(tmp_path):
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        benchmark.Report(tmp_path / "out.json", {}).table("steps", {"a": fail})
+        benchmark.print_table({"tables": {}}, tmp_path / "out.json", "steps", {"a": fail})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -162,34 +151,27 @@ def test_another_error_is_not_taken_for_it(tmp_path):
 
 
 def test_the_benchmark_prints_tables_and_stores_them(run):
-    stored, printed = run("--growth")
+    stored, printed = run()
     assert (stored["device"], stored["clock"], stored["batch"]) == ("CPU", "CPU time", 4)
     tables = stored["tables"]
-    assert [*tables] == [
-        "training steps", "evaluation", "training of a mapper", "exact search", "how costs grow with sizes",
-    ]
+    steps, evaluation, mappers, search = tables.values()
     assert all(f"\n{title}:\n" in printed for title in tables)
     assert max(map(len, printed.splitlines()[1:])) <= 100
-    same = [row for rows in tables.values() for row in rows if "loss differs by" in row]
-    assert len(same) == 3 + 1 and all(row["loss differs by"] < 1e-5 for row in same)
-    compared = [row for title in [*tables][0:4] for row in tables[title] if "ours, ms" in row]
-    assert len(compared) == 3 + 3 + 1
-    for row in compared:
+    assert [row["what"] for row in mappers] == ["lads / LADS's", "ldfs / LADS's", "global / LADS's"]
+    for row in (*steps, mappers[0]):
+        assert row["loss differs by"] < 1e-5
+    for row in (*steps, *mappers, *search):
         assert row["peer's / ours"] == pytest.approx(row["peer's, ms"] / row["ours, ms"])
-    [evaluation] = tables["evaluation"]
-    assert evaluation.pop("what") == "16 images"  # four batches
-    assert len(evaluation) == 3 and min(evaluation.values()) > 0
-    assert tables["exact search"][0]["same ids"] == 1
-    assert {row["what"]: row["from"] for row in tables["how costs grow with sizes"]} == benchmark.GROWTH
-    lads, *other_mappers = (row["what"] for row in tables["training of a mapper"])
-    assert "kind transcription: its real step takes twice as long" in lads
-    assert other_mappers == ["ldfs / LADS's", "global / LADS's"]
+    assert evaluation[0].pop("what") == "16 images"  # four batches
+    assert len(evaluation[0]) == 4 and min(evaluation[0].values()) > 0
+    assert search[0]["same ids"] == 1
+    assert "LADS's real step takes twice as long" in printed
     assert "no GPU: peak memory, MFU" in printed
 
 
 def test_arf_loads_twice_as_many_images_as_it_trains_on(inputs):
     rates = {
-        method: benchmark.compare_steps(method, *inputs, 16, one_second_each)["images/s"]
+        method: benchmark.compare_steps(method, *inputs[method], one_second_each)["images/s"]
         for method in benchmark.PEERS
     }
     assert rates == {"finetune": 6, "flyp": 6, "arf": 12}
@@ -199,11 +181,11 @@ def test_what_runs_out_of_memory_does_not_stop_the_benchmark(run, monkeypatch):
     def fail(*inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(peers, "arf_step", fail)
+    monkeypatch.setattr(peers, "arf_loss", fail)
     stored, _ = run()
     names = [row["what"] for row in stored["tables"]["training steps"]]
     assert names == ["finetune / WiSE-FT's", "flyp / FLYP's", "arf / three forwards: out of memory"]
-    assert len(stored["tables"]) == 4  # without how costs grow
+    assert len(stored["tables"]) == 4
 
 
 def test_the_default_batch_fits_one_gpu(monkeypatch, capsys):
@@ -237,7 +219,7 @@ def pretend_gpu(monkeypatch):
 
 def test_flops_and_memory_of_our_steps(inputs, pretend_gpu):
     rows = {
-        (method, compiled): benchmark.measure_training(method, compiled, *inputs, one_second_each)
+        (method, compiled): benchmark.measure_training(method, compiled, *inputs[method], one_second_each)
         for method in benchmark.PEERS for compiled in (False, True)
     }
     assert len(pretend_gpu) == 3 * 2  # both towers of the compiled ones
@@ -251,7 +233,7 @@ def test_flops_and_memory_of_our_steps(inputs, pretend_gpu):
 
 def test_no_mfu_of_an_unknown_gpu(inputs, pretend_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    assert benchmark.measure_training("flyp", False, *inputs, one_second_each)["MFU"] == ""
+    assert benchmark.measure_training("flyp", False, *inputs["flyp"], one_second_each)["MFU"] == ""
 
 
 def test_the_captioner_has_blip2s_shape():

@@ -96,11 +96,8 @@ def test_the_snippet_of_ldfs_is_what_the_code_computes(monkeypatch):
     inputs = v.mapper, v.z, v.labels, v.photo, v.sketch, v.class_text
     terms = ldfs_loss(*inputs, recipe, generator=None)
     torch.testing.assert_close(v.loss_1, sum(terms.values()))
-    strategy = SimpleNamespace(
-        features=lambda batch: {"L_con": v.z, "L_con sketch": v.mapper(v.z)},
-        head_for=lambda batch: v.head,
-    )
-    terms = ldfs_losses(strategy, Batch(v.labels))
+    strategy = SimpleNamespace(mappers={"sketch": v.mapper}, head_for=lambda batch: v.head)
+    terms = ldfs_losses(strategy, Batch(v.labels, torch.stack([v.z, v.mapper(v.z)])))
     torch.testing.assert_close(v.loss_2, sum(terms.values()))
     v.loss_1.backward()
     v.loss_2.backward()

@@ -196,7 +196,7 @@ def test_what_is_compared_has_the_same_options_where_they_matter():
 
 @pytest.mark.parametrize("option, flyp, captions, retrieved, coop, ldfs", [
     ("captions", 0, 1, 0, 0, 1), ("lambda_cap", 0, 1, 0, 0, 0), ("lambda_ret", 0, 0, 1, 0, 0), ("k", 0, 0, 1, 0, 0),
-    ("mapper_steps", 0, 0, 0, 0, 1), ("lock_text", 1, 1, 1, 0, 0), ("init", 0, 0, 0, 1, 1), ("lr", 1, 1, 1, 1, 1),
+    ("mapper_steps", 0, 0, 0, 0, 1), ("lock_text", 1, 1, 1, 0, 0), ("init", 0, 0, 0, 0, 1), ("lr", 1, 1, 1, 1, 1),
 ])
 def test_which_options_matter_to_which_method(option, flyp, captions, retrieved, coop, ldfs):
     methods = ("flyp", "flyp+captions", "flyp+retrieved", "coop", "ldfs")
