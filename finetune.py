@@ -131,7 +131,8 @@ def train(strategy, method, batches, steps_per_epoch, schedule, partial, lambdas
     start_epoch, history = load_partial(partial, strategy, optimizer)
     total = schedule.epochs * steps_per_epoch
     bar = progress_bar(
-        total=total, initial=start_epoch * steps_per_epoch, desc=partial.name, leave=False
+        total=total, initial=start_epoch * steps_per_epoch, leave=False,
+        desc=partial.name.removesuffix(".partial.pt"),
     )
 
     for epoch in range(start_epoch, schedule.epochs):
