@@ -369,7 +369,8 @@ def main():
     })
     table("exact search", {"ours / one FAISS index": partial(compare_searches, watch)})
     if not gpu:
-        return print("\nnot run, because there is no GPU: peak memory, MFU, torch.compile, captions")
+        print("\nnot run, because there is no GPU: peak memory, MFU, torch.compile, captions")
+        return
     rows = {
         m + ", compiled" * compiled: partial(
             measure_training, m, compiled, clip, class_text, batches[m], watch

@@ -37,6 +37,29 @@ def colour(i):
     return COLOURS[i % len(COLOURS)]
 
 
+def panels(n, width, height):
+    """Return a figure and its n axes, at most four in a row, of width × height inches each."""
+    columns = min(4, n)
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(width * columns, height * rows))
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
+
+
+def decorate(axis, x, y, legend=True):
+    """Name both directions, by words or by one of MEANS; add a grid and a legend."""
+    unit = ", accuracy in per cent"
+    axis.set(xlabel=x + unit * (x in MEANS), ylabel=y + unit * (y in MEANS))
+    axis.grid(alpha=0.3)
+    if legend:
+        axis.legend(fontsize=8)
+
+
+def hide_frame(axis):
+    """Leave only what is drawn in the axes, and the labels beside it."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
 # -------------------------------------------------------------------------------------------------
 # Images
 
@@ -55,13 +78,11 @@ def draw_figure4(path, rows):
             image = ImageOps.expand(location.open().resize((size, size)), width, color)
             margin = (pitch - image.width) // 2
             sheet.paste(image, (pitch * x + margin, pitch * y + margin))
-    figure = Figure(figsize=(columns + 1, 1.08 * len(rows)))
-    axis = figure.subplots()
+    figure, [axis] = panels(1, columns + 1, 1.08 * len(rows))
     axis.imshow(sheet)
+    hide_frame(axis)
     axis.set_yticks([pitch * (y + 0.5) for y in range(len(rows))], [name for name, _ in rows])
     axis.tick_params(length=0, labelsize=9)
-    axis.set_xticks([])
-    axis.spines[:].set_visible(False)
     axis.set_anchor("W")  # beside its labels, because the layout reserves their width there
     title = "Nearest real image of each synthesised feature (framed: of another class)"
     figure.suptitle(title, fontsize=10)
@@ -79,9 +100,8 @@ def draw_styles(path, rows):
         axis.imshow(images.permute(2, 0, 3, 1).reshape(height, -1, 3).numpy())  # side by side
         for i in range(1, len(images)):
             axis.axvline(width * i - 0.5, color="white", linewidth=2)
-        axis.set(xticks=[], yticks=[])
+        hide_frame(axis)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-        axis.spines[:].set_visible(False)
     save(figure, path, pad=0.3)
 
 
@@ -93,20 +113,17 @@ def draw_figure5(path, columns):
     def draw(axis, location, text):
         axis.imshow(location.open().resize((96, 96)))
         # Captions may contain a "$", which would start a formula.
-        text = textwrap.fill(text, 18, max_lines=5)
-        axis.set_xlabel(text, fontsize=7, parse_math=False)
+        axis.set_xlabel(textwrap.fill(text, 18, max_lines=5), fontsize=7, parse_math=False)
 
     figure = Figure(figsize=(1.5 * len(columns), 4.7))
     axes = figure.subplots(2, len(columns), squeeze=False)
     for (above, below), (location, caption, pair) in zip(axes.T, columns):
         draw(above, location, caption)
         if pair:
-            score, nearest, text = pair
-            draw(below, nearest, text)
-            below.set_title(f"cosine {score:.2f}", fontsize=7, pad=2)
-        below.set(box_aspect=1)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
+            draw(below, *pair[1:])
+            below.set_title(f"cosine {pair[0]:.2f}", fontsize=7, pad=2)
+        above.set(xticks=[], yticks=[])
+        below.set(xticks=[], yticks=[], box_aspect=1)
     axes[0][0].set_ylabel("image, its caption")
     axes[1][0].set_ylabel("nearest pair, its text")
     save(figure, path, pad=0.4)
@@ -121,16 +138,11 @@ def draw_losses(histories, path):
 
     histories: {label: [{"L_cl": mean over the epoch, …, "lr": …}]}, an entry for each epoch.
     """
-    columns = min(4, len(histories))
-    rows = math.ceil(len(histories) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.5 * rows))
-    axes = [*figure.subplots(rows, columns, squeeze=False).flat]
-    for axis in axes[len(histories):]:
-        axis.set_visible(False)
+    figure, axes = panels(len(histories), 3.4, 2.5)
     for axis, (label, history) in zip(axes, histories.items()):
         epochs = range(1, len(history) + 1)
         marker = "." if len(history) == 1 else ""  # a line of one point is invisible
-        names = [*dict.fromkeys(name for entry in history for name in entry if name != "lr")]
+        names = dict.fromkeys(name for entry in history for name in entry if name != "lr")
         for i, name in enumerate(names):
             values = [entry.get(name, math.nan) for entry in history]
             axis.plot(epochs, values, marker=marker, color=colour(i), label=name)
@@ -138,10 +150,9 @@ def draw_losses(histories, path):
             rate = axis.twinx()
             rate.plot(epochs, [entry["lr"] for entry in history], ":", color="grey", linewidth=1)
             rate.set(yticks=[], ylim=(0, None))
+        decorate(axis, "", "")
         axis.set_title(label, fontsize=9)
         axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
         axis.set(zorder=1, facecolor="none")  # in front of the learning rate's axis
     figure.supxlabel("epoch, of a mapper round (dotted: learning rate)", fontsize=9)
     save(figure, path)
@@ -152,7 +163,10 @@ def draw_losses(histories, path):
 
 
 def mean_accuracies(records):
-    """Return {Row: {mean: value over seeds}} for each of MEANS. Exit if there is not one table."""
+    """Return {Row: {mean: value over seeds}} for each of MEANS, and zero-shot CLIP's {mean: value}.
+
+    Exit with status 2 if there is not one table, or no zero-shot accuracy in it.
+    """
     records = [r for r in records if r["kind"] == "accuracy"]
     if not records:
         fail("there are no accuracies yet. Run evaluate.py first.")
@@ -162,42 +176,34 @@ def mean_accuracies(records):
     for row, seeds in rows_of(records).items():
         values = {mean: values_of(seeds, mean) for mean in MEANS}
         points[row] = {mean: statistics.mean(v) for mean, v in values.items() if v}
-    return points
-
-
-def zero_shot(points):
-    """Return the means of zero-shot CLIP."""
     start = [means for row, means in points.items() if row.method == "zero-shot"]
-    return start[0] if start else fail("the results lack zero-shot. Run evaluate.py again.")
+    return points, start[0] if start else fail("the results lack zero-shot. Run evaluate.py again.")
 
 
 def draw_curve(records, path):
     """Draw ARF's figure 4: ID against OOD mean, and against unseen mean, along α."""
-    if not any(r["kind"] == "accuracy" and r["alpha"] != 1 for r in records):
+    records = [r for r in records if r["kind"] == "accuracy"]
+    if all(r["alpha"] == 1 for r in records):
         return print("no curve: no weights in between were measured (--alphas 0.2 0.5 0.8)")
-    points = mean_accuracies(records)
-    start, curves = zero_shot(points), {}
-    for row, means in points.items():
-        curves.setdefault(row._replace(alpha=1.0), {})[row.alpha] = means
-    curves = {row: curve for row, curve in curves.items() if len(curve) > 1}
-    x_means = [mean for mean in MEANS[1:] if mean in start]
-    if not x_means:
+    points, start = mean_accuracies(records)
+    others = [mean for mean in MEANS[1:] if mean in start]
+    if not others:
         return print("no curve: there is no other domain, nor a set of other classes")
-    figure = Figure(figsize=(5.2 * len(x_means), 4.4))
-    for axis, other in zip(figure.subplots(1, len(x_means), squeeze=False)[0], x_means):
+    curves = {}  # {Row at α = 1: {α: means}}
+    for row, means in points.items():
+        curves.setdefault(row._replace(alpha=1.0), {0: start})[row.alpha] = means
+    curves = {row: sorted(curve.items()) for row, curve in curves.items() if len(curve) > 2}
+    figure, axes = panels(len(others), 5.2, 4.4)
+    for axis, other in zip(axes, others):
         for i, (row, curve) in enumerate(curves.items()):
-            curve = {alpha: m for alpha, m in sorted({0: start, **curve}.items()) if other in m}
-            x, y = ([means[mean] for means in curve.values()] for mean in (other, "ID"))
-            axis.plot(x, y, ".-", color=colour(i), markersize=4, label=row.label())
+            at = {alpha: (means[other], means["ID"]) for alpha, means in curve if other in means}
+            axis.plot(*zip(*at.values()), ".-", color=colour(i), markersize=4, label=row.label())
             for alpha, marker in ((0.5, "D"), (1, "o")):
-                if alpha in curve:
-                    at = curve[alpha]
-                    axis.plot(at[other], at["ID"], marker, color=colour(i), markersize=7)
+                if alpha in at:
+                    axis.plot(*at[alpha], marker, color=colour(i), markersize=7)
         axis.plot(start[other], start["ID"], "k*", markersize=14, label="zero-shot (α = 0)")
-        axis.set(xlabel=f"{other}, accuracy in per cent", ylabel="ID, accuracy in per cent")
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
-    seeds = len({r["seed"] for r in records if r["kind"] == "accuracy"})
+        decorate(axis, other, "ID", legend=axis is axes[0])
+    seeds = len({r["seed"] for r in records})
     marks = f"diamond: α = 0.5, dot: α = 1; mean of {seeds} seed{'s' * (seeds > 1)}"
     figure.suptitle(f"From zero-shot to finetuned weights\n({marks})", fontsize=10)
     save(figure, path)
@@ -208,46 +214,39 @@ def draw_against(setting, records, path):
 
     Solid: α = 1. Dashed: α = 0.5. Grey: zero-shot.
     """
-    points = mean_accuracies(records)
-    start, at = zero_shot(points), {}
+    points, start = mean_accuracies(records)
+    lines = {}  # {Row without the setting: {value of the setting: means}}
     for r in records:
-        if r["schedule"]:
+        if r["schedule"] and r["alpha"] in (0.5, 1):
             shots = r["options"].get("shots", math.inf)
-            at[row_of(r)] = shots if setting == "shots" else r["schedule"][setting]
-    positions = {value: i for i, value in enumerate(sorted({*at.values()}))}
-    lines = {}  # {Row without the setting: {position: means}}
-    for row, value in at.items():
-        options = tuple(option for option in row.options if option[0] != setting)
-        lines.setdefault(row._replace(options=options), {})[positions[value]] = points[row]
-    methods = [*dict.fromkeys(line._replace(alpha=1.0) for line in lines)]
+            value = shots if setting == "shots" else r["schedule"][setting]
+            row = row_of(r)
+            options = tuple(option for option in row.options if option[0] != setting)
+            lines.setdefault(row._replace(options=options), {})[value] = points[row]
+    values = sorted({value for line in lines.values() for value in line})
+    methods = [*dict.fromkeys(row._replace(alpha=1.0) for row in lines)]
     means = [mean for mean in MEANS if mean in start]
-    figure = Figure(figsize=(4 * len(means), 3.8))
-    for axis, mean in zip(figure.subplots(1, len(means), squeeze=False)[0], means):
+    figure, axes = panels(len(means), 4, 3.8)
+    for axis, mean in zip(axes, means):
         axis.axhline(start[mean], color="grey", label="zero-shot")
-        for line, of_positions in lines.items():
-            if line.alpha in (0.5, 1):
-                places = [i for i in sorted(of_positions) if mean in of_positions[i]]
-                color = colour(methods.index(line._replace(alpha=1.0)))
-                values = [of_positions[i][mean] for i in places]
-                style = "o-" if line.alpha == 1 else "o--"
-                axis.plot(places, values, style, color=color, label=line.label())
-        axis.set_xticks(range(len(positions)), [f"{v:g}".replace("inf", "all") for v in positions])
-        axis.set(xlabel=SETTINGS[setting], ylabel=f"{mean}, accuracy in per cent")
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+        for row, line in lines.items():
+            x = [i for i, value in enumerate(values) if mean in line.get(value, {})]
+            y = [line[values[i]][mean] for i in x]
+            color = colour(methods.index(row._replace(alpha=1.0)))
+            axis.plot(x, y, "o-" if row.alpha == 1 else "o--", color=color, label=row.label())
+        axis.set_xticks(range(len(values)), [f"{v:g}".replace("inf", "all") for v in values])
+        decorate(axis, SETTINGS[setting], mean, legend=axis is axes[0])
     save(figure, path, fail)
 
 
 def draw_strategies(records, path):
     """Draw strategies by ID and OOD mean, and arrows to the same with synthesised features."""
-    points = mean_accuracies(records)
-    start = zero_shot(points)
+    points, start = mean_accuracies(records)
     if "OOD mean" not in start:
         fail("there is no other domain to draw.")
-    figure = Figure(figsize=(7, 5.5))
-    axis = figure.subplots()
+    figure, [axis] = panels(1, 7, 5.5)
     axis.plot(start["ID"], start["OOD mean"], "k*", markersize=14, label="zero-shot")
-    colours, lines = {}, {}
+    colours, styles = {}, {}
     for row, means in points.items():
         strategy = without_recipe(row.method)
         base = rival(row, strategy, points)
@@ -255,19 +254,17 @@ def draw_strategies(records, path):
             continue
         color = colours.setdefault(base.label(), colour(len(colours)))
         recipe = row.method.removeprefix(f"{strategy}+")
-        style = lines.setdefault(recipe, ["-", "--", ":"][len(lines) % 3])
+        style = styles.setdefault(recipe, ["-", "--", ":"][len(styles) % 3])
         tail, head = [(m["ID"], m["OOD mean"]) for m in (points[base], means)]
-        axis.plot(*tail, "o", color=color)
         arrow = {"arrowstyle": "->", "color": color, "linestyle": style, "linewidth": 1.6}
         axis.annotate("", head, tail, arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0})
+        axis.plot(*tail, "o", color=color)
         axis.plot(*head, ".", color=color, markersize=3)
     for strategy, color in colours.items():
         axis.plot([], [], "o", color=color, label=strategy)
-    for recipe, style in lines.items():
+    for recipe, style in styles.items():
         axis.plot([], [], color="grey", linestyle=style, label=f"with {recipe}'s features")
-    axis.set(xlabel="ID, accuracy in per cent", ylabel="OOD mean, accuracy in per cent")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    decorate(axis, "ID", "OOD mean")
     save(figure, path, fail)
 
 

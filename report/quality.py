@@ -56,13 +56,10 @@ def synthesis_records(settings, dataset, clip):
         return records, picture
     for seed in range(settings.seeds):
         items = {d: dataset.split(source, d, "test", seed) for d in (source, *styles)}
-        real = {
-            domain: (
-                cached_features(clip, dataset, domain, pairs, settings.cache),
-                torch.tensor([label for _, label in pairs]),
-            )
-            for domain, pairs in items.items()
-        }
+        real = {}
+        for domain, pairs in items.items():
+            z = cached_features(clip, dataset, domain, pairs, settings.cache)
+            real[domain] = z, torch.tensor([label for _, label in pairs])
         z, labels = real[source]
         z_hats = {"not mapped": dict.fromkeys(styles, z)}
         for name in recipes:
@@ -75,6 +72,7 @@ def synthesis_records(settings, dataset, clip):
                     record(settings, "synthesis", name, seed, values, len(z), domain=domain)
                 )
         if seed == 0:
+            del z_hats["not mapped"]
             picture = picture_rows(items, source, styles, z_hats, real)
     return records, picture
 
@@ -82,16 +80,13 @@ def synthesis_records(settings, dataset, clip):
 def picture_rows(items, source, styles, z_hats, real):
     """Return [(label, [(Location, whether the nearest image is of another class)])]."""
     shown = random_order(len(items[source]))[:N_SHOWN]
+    labels = [items[source][i][1] for i in shown]
     rows = [("source", [(items[source][i][0], False) for i in shown])]
     for domain in styles:
         for name, z_hat in z_hats.items():
-            if name == "not mapped":
-                continue
             nearest = neighbours(z_hat[domain][shown], real[domain][0]).tolist()
-            images = []
-            for i, j in zip(shown, nearest):
-                location, label = items[domain][j]
-                images.append((location, label != items[source][i][1]))
+            found = [items[domain][j] for j in nearest]
+            images = [(location, own != label) for own, (location, label) in zip(labels, found)]
             rows.append((f"{name}\n{domain}", images))
     return rows
 
@@ -118,18 +113,15 @@ def caption_quality(dataset, items, captions, z, clip):
     people call the thing, the words before the first comma of their description. "CLIP score": mean
     cosine of the image's feature (z is (N, d)) and the caption's, times 100.
     """
-    descriptions = read_descriptions(dataset)
-    of_class, of_either = [], []
+    descriptions, named = read_descriptions(dataset), []
     for (location, label), caption in zip(items, captions):
         nouns = [dataset.classnames[label]]
         if row := descriptions.get(data.image_key(location.path)):
             nouns.append(row["caption"].split(", ")[0])
-        named = [re.search(rf"\b{re.escape(noun)}\b", caption, re.I) is not None for noun in nouns]
-        of_class.append(named[0])
-        of_either.append(any(named))
+        named.append([bool(re.search(rf"\b{re.escape(n)}\b", caption, re.I)) for n in nouns])
     return {
-        "names the class": 100 * statistics.mean(of_class),
-        "names class or thing": 100 * statistics.mean(of_either),
+        "names the class": 100 * statistics.mean(names[0] for names in named),
+        "names class or thing": 100 * statistics.mean(map(any, named)),
         "CLIP score": 100 * (z * encode_texts(clip, captions)).sum(1).mean().item(),
     }
 
@@ -146,10 +138,8 @@ def caption_records(settings, dataset, clip):
     keys = [data.image_key(location.path) for location, _ in items]
     rows, descriptions = data.read_captions(dataset.captions), read_descriptions(dataset)
     written = [rows[key]["caption"] for key in keys]
-    sets = {
-        "captions": written,
-        "captions, shuffled": [written[i] for i in random_order(len(written))],
-    }
+    shuffled = [written[i] for i in random_order(len(written))]
+    sets = {"captions": written, "captions, shuffled": shuffled}
     if all(key in descriptions for key in keys):
         sets["descriptions by people"] = [descriptions[key]["caption"] for key in keys]
     z = cached_features(clip, dataset, settings.source, items, settings.cache)

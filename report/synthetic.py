@@ -62,10 +62,9 @@ def measure(degree, seed):
         train = [z[:n]]
         if name in RECIPES:
             recipe = parse_recipe(name)
-            text_source, text_target = (text[:n] for text in texts[recipe.direction])
-            mapper, _ = train_mapper(
-                z[:n], labels[:n], text_source, text_target, class_text, recipe, seed
-            )
+            directions = [text[:n] for text in texts[recipe.direction]]
+            inputs = z[:n], labels[:n], *directions, class_text
+            mapper, _ = train_mapper(*inputs, recipe, seed)
             train.append(mapper(z[:n]))
         head = torch.zeros_like(class_text).requires_grad_()
         optimizer = torch.optim.AdamW([head], lr=0.01)

@@ -108,28 +108,26 @@ def rival(row, method, rows):
     It has the same α and the same options, except those that matter to one of the two only. If
     there are several, it is the one that trains the same, and then the one with the fewest options.
     """
-    def agrees(other):
-        options, expected = dict(other.options), dict(row.options)
-        common = [k for k in {**options, **expected} if row.trained and applies(k, row.method)]
-        return all(options.get(k) == expected.get(k) for k in common if applies(k, method))
+    def common(r):
+        return [o for o in r.options if applies(o[0], row.method) and applies(o[0], method)]
 
-    ranked = {}
-    for other in rows:
-        if (other.method, other.alpha) == (method, row.alpha) and other != row and agrees(other):
-            rank = other.trained != row.trained, len({*other.options} - {*row.options})
-            ranked.setdefault(rank, []).append(other)
-    best = ranked[min(ranked)] if ranked and method != row.method else []
-    return best[0] if len(best) == 1 else None
+    def rank(r):
+        return r.trained != row.trained, len({*r.options} - {*row.options})
+
+    candidates = [
+        r for r in rows if method != row.method and (r.method, r.alpha) == (method, row.alpha)
+        and (not row.trained or common(r) == common(row))
+    ]
+    ranks = [rank(r) for r in candidates]
+    if not ranks or ranks.count(min(ranks)) > 1:
+        return None
+    return candidates[ranks.index(min(ranks))]
 
 
 def difference(rows, row, other, key):
-    """Return the values of `row` minus those of `other`, of the seeds that both have."""
-    if other is None:
-        return []
-    pairs = [
-        (rows[row][seed].get(key), rows[other][seed].get(key))
-        for seed in rows[row] if seed in rows[other]
-    ]
+    """Return the values of `row` minus those of `other`, a Row or None, of the seeds of both."""
+    own, theirs = rows[row], rows.get(other, {})
+    pairs = [(own[seed].get(key), theirs[seed].get(key)) for seed in own if seed in theirs]
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
@@ -162,7 +160,7 @@ def values_of(seeds, key):
     return [values[key] for values in seeds.values() if values.get(key) is not None]
 
 
-def cells_of(rows, shown, compared, with_trained, raw=()):
+def cells_of(rows, shown, compared, with_trained=False, raw=()):
     """Return a line of cells for each row: label, means, differences; of keys in `raw` each seed.
 
     Without the column "trained", labels that are not unique name it.
@@ -203,72 +201,16 @@ def count_seeds(records):
     return f"{low} to {high} seeds" if low < high else f"{high} seed{'s' * (high > 1)}"
 
 
-def accuracies(records):
-    """Return the records of accuracy at α = 0.5 and 1; others are points of a curve."""
-    return [r for r in records if r["kind"] == "accuracy" and r["alpha"] in (0.5, 1)]
-
-
 # -------------------------------------------------------------------------------------------------
-# For the terminal
+# For the terminal, and in full as markdown
 
 
 def terminal_table(records):
     """Return tables at most WIDTH columns wide: means, and the differences that matter."""
-    parts = []
-    for group in groups(records):
-        if accurate := accuracies(group):
-            parts += [title_of(accurate), short_table(accurate)]
-        for title, heads, lines in measure_tables(group, by_domain=False):
-            parts += [title, aligned(heads, lines)]
-    parts[::2] = [textwrap.fill(title, WIDTH) for title in parts[::2]]
-    return "\n\n".join(parts)
-
-
-def short_table(records):
-    """Return one aligned table of accuracies: as much of it as fits into WIDTH."""
-    rows = rows_of(records)
-    several = len({row.trained for row in rows if row.trained}) > 1
-    shown = ["ID", *(k for k in MEANS[1:] if any(k in r["values"] for r in records))]
-    compared = comparisons(rows)
-    main = [c for c in compared if c[2] == "flyp"] or compared
-    without_id = [c for c in main if c[0] != "ID"]
-    layouts = [(several, compared), (several, main), (several, without_id), (False, without_id)]
-    for with_trained, columns in layouts:
-        heads = ["method", *["trained"] * with_trained, *(SHORT.get(key, key) for key in shown)]
-        heads += [f"{SHORT.get(key, key)}\n{heading}" for key, heading, _ in columns]
-        lines = cells_of(rows, shown, columns, with_trained)
-        if table_width(heads, lines) <= WIDTH:
-            break
-    return aligned(heads, lines)
-
-
-def column_widths(heads, lines):
-    """Return the width of each column. A cell can have several lines."""
-    columns = zip(heads, *lines)
-    return [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
-
-
-def table_width(heads, lines):
-    """Return the width of the aligned table, two spaces between columns."""
-    return sum(width + 2 for width in column_widths(heads, lines)) - 2
-
-
-def aligned(heads, lines):
-    """Return aligned columns; if they are wider than WIDTH, the first is wrapped."""
-    widths = column_widths(heads, lines)
-    excess = max(0, table_width(heads, lines) - WIDTH)
-    widths[0] = max(widths[0] - excess, min(widths[0], 10))
-    text = []
-    for cells in [heads, *lines]:
-        blocks = [textwrap.wrap(cells[0], widths[0]), *(cell.split("\n") for cell in cells[1:])]
-        for parts in zip_longest(*blocks, fillvalue=""):
-            numbers = [part.rjust(width) for part, width in zip(parts[1:], widths[1:])]
-            text.append("  ".join([parts[0].ljust(widths[0]), *numbers]).rstrip())
-    return "\n".join(text)
-
-
-# -------------------------------------------------------------------------------------------------
-# In full, as markdown
+    return "\n\n".join(
+        f"{textwrap.fill(title, WIDTH)}\n\n{aligned(heads, lines)}"
+        for _, title, heads, lines in all_tables(records, full=False)
+    )
 
 
 def markdown_table(records):
@@ -278,18 +220,48 @@ def markdown_table(records):
 
 def full_tables(records):
     """Return [(kind, title, markdown)]: accuracies, then measures, then published numbers."""
-    tables = []
-    for group in groups(records):
-        if accurate := accuracies(group):
-            title = [title_of(accurate), *schedules_of(accurate)]
-            tables.append(("accuracy", "; ".join(title), full_table(accurate)))
-        for title, heads, lines in measure_tables(group, by_domain=True):
-            tables.append(("measures", title, markdown(heads, lines)))
+    tables = [(kind, title, markdown(*table)) for kind, title, *table in all_tables(records, True)]
     return tables + published({r["dataset"] for r in records})
 
 
+def all_tables(records, full):
+    """Return [("accuracy" or "measures", title, headings, lines of cells)].
+
+    full: with every domain and seed, for markdown; else for the terminal.
+    """
+    tables = []
+    for group in groups(records):
+        # other α are points of a curve
+        accurate = [r for r in group if r["kind"] == "accuracy" and r["alpha"] in (0.5, 1)]
+        if accurate:
+            title = "; ".join([title_of(accurate), *schedules_of(accurate) * full])
+            table = full_table(accurate) if full else short_table(accurate)
+            tables.append(("accuracy", title, *table))
+        tables += measure_tables(group, by_domain=full)
+    return tables
+
+
+def short_table(records):
+    """Return (headings, lines) of accuracies. If they are wider than WIDTH, differences are left
+    out: to other methods than FLYP where it is compared, then of ID.
+    """
+    rows = rows_of(records)
+    compared = comparisons(rows)
+    shown = ["ID", *(key for key in MEANS[1:] if any(key in r["values"] for r in records))]
+    with_flyp = any(method == "flyp" for *_, method in compared)
+    optional = [c for c in compared if with_flyp and c[2] != "flyp"]
+    optional += [c for c in compared if c[0] == "ID"]
+    while True:
+        heads = ["method", *(SHORT.get(key, key) for key in shown)]
+        heads += [f"{SHORT.get(key, key)}\n{heading}" for key, heading, _ in compared]
+        lines = cells_of(rows, shown, compared)
+        if not optional or sum(w + 2 for w in column_widths(heads, lines)) <= WIDTH + 2:
+            return heads, lines
+        compared.remove(optional.pop(0))
+
+
 def full_table(records):
-    """Return markdown of accuracies: all domains, differences, and the means of each seed."""
+    """Return (headings, lines) of accuracies: all domains, differences, the means of each seed."""
     rows, source = rows_of(records), records[0]["source"]
     several = len({row.trained for row in rows if row.trained}) > 1
     compared = comparisons(rows)
@@ -302,7 +274,7 @@ def full_table(records):
     headings = [f"{SHORT.get(key, key)} {heading}" for key, heading, _ in compared]
     heads += [heading.replace("\n", " ") for heading in headings]
     heads += [f"{key}, seed by seed" for key in means]
-    return markdown(heads, cells_of(rows, shown, compared, several, means))
+    return heads, cells_of(rows, shown, compared, several, means)
 
 
 def schedules_of(records):
@@ -323,6 +295,25 @@ def published(names):
     ]
 
 
+def column_widths(heads, lines):
+    """Return the width of each column. A cell can have several lines."""
+    columns = zip(heads, *lines)
+    return [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+
+
+def aligned(heads, lines):
+    """Return aligned columns, two spaces apart; if they are wider than WIDTH, the first is wrapped.
+    """
+    first, *widths = column_widths(heads, lines)
+    first = min(first, max(10, WIDTH - sum(width + 2 for width in widths)))
+    text = []
+    for label, *cells in [heads, *lines]:
+        blocks = [textwrap.wrap(label, first), *(cell.split("\n") for cell in cells)]
+        for start, *parts in zip_longest(*blocks, fillvalue=""):
+            text.append("  ".join([start.ljust(first), *map(str.rjust, parts, widths)]).rstrip())
+    return "\n".join(text)
+
+
 def markdown(heads, lines):
     """Return a markdown table of headings and lines of cells."""
     lines = [[cell.replace("|", r"\|") for cell in line] for line in [heads, *lines]]
@@ -335,7 +326,7 @@ def markdown(heads, lines):
 
 
 def measure_tables(records, by_domain):
-    """Return [(title, headings, lines)], a table of each kind in MEASURES.
+    """Return [("measures", title, headings, lines)], a table of each kind in MEASURES.
 
     A line is about one method, in each domain or in the mean over domains.
     """
@@ -347,15 +338,13 @@ def measure_tables(records, by_domain):
         domains = [*dict.fromkeys(r.get("domain", "") for r in part)]
         split = by_domain and len(domains) > 1
         names = [*dict.fromkeys(name for r in part for name in r["values"])]
-        lines = []
-        for domain in domains if split else [""]:
-            own = [r for r in part if not split or r.get("domain", "") == domain]
-            for method in dict.fromkeys(r["method"] for r in own):
-                of_method = [r for r in own if r["method"] == method]
-                cells = [measure_cell(kind, of_method, name) for name in names]
-                lines.append([method, *[domain] * split, *cells])
         heads = ["method", *["domain"] * split, *names]
-        tables.append((f"{title}, {count_seeds(part)}", heads, lines))
+        rows = {}  # {(method, domain if there are several): records}
+        for r in sorted(part, key=lambda r: domains.index(r.get("domain", "")) if split else 0):
+            key = (r["method"], r["domain"]) if split else (r["method"],)
+            rows.setdefault(key, []).append(r)
+        lines = [[*key, *(measure_cell(kind, of, n) for n in names)] for key, of in rows.items()]
+        tables.append(("measures", f"{title}, {count_seeds(part)}", heads, lines))
     return tables
 
 
