@@ -259,8 +259,8 @@ def check_source(dataset, source):
         fail(f"{dataset.name} has no domain {source!r}. Its domains: {', '.join(domains)}.")
     if source not in dataset.images or dataset.images[source][0][0].size >= 0:  # tars are for tests
         reason = "is a test set" if source in dataset.images else "has no images here"
-        others = ", ".join(domain for domain in dataset.images if domain != source)
-        fail(f"{dataset.name}'s {source} {reason}. Finetune on another domain: {others}.")
+        usable = ", ".join(domain for domain in dataset.images if domain != source)
+        fail(f"{dataset.name}'s {source} {reason}. Finetune on another domain: {usable}.")
     if not dataset.trainable(source):
         fail(f"{dataset.folder}/{source}_test.txt leaves no image to train on. Shorten it.")
     if not dataset.split(source, source, "test", 0):

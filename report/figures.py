@@ -186,15 +186,15 @@ def draw_curve(records, path):
     if all(r["alpha"] == 1 for r in records):
         return print("no curve: no weights in between were measured (--alphas 0.2 0.5 0.8)")
     points, start = mean_accuracies(records)
-    others = [mean for mean in MEANS[1:] if mean in start]
-    if not others:
+    other_means = [mean for mean in MEANS[1:] if mean in start]
+    if not other_means:
         return print("no curve: there is no other domain, nor a set of other classes")
     curves = {}  # {Row at α = 1: {α: means}}
     for row, means in points.items():
         curves.setdefault(row._replace(alpha=1.0), {0: start})[row.alpha] = means
     curves = {row: sorted(curve.items()) for row, curve in curves.items() if len(curve) > 2}
-    figure, axes = panels(len(others), 5.2, 4.4)
-    for axis, other in zip(axes, others):
+    figure, axes = panels(len(other_means), 5.2, 4.4)
+    for axis, other in zip(axes, other_means):
         for i, (row, curve) in enumerate(curves.items()):
             at = {alpha: (means[other], means["ID"]) for alpha, means in curve if other in means}
             axis.plot(*zip(*at.values()), ".-", color=colour(i), markersize=4, label=row.label())

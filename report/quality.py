@@ -85,8 +85,10 @@ def picture_rows(items, source, styles, z_hats, real):
     for domain in styles:
         for name, z_hat in z_hats.items():
             nearest = neighbours(z_hat[domain][shown], real[domain][0]).tolist()
-            found = [items[domain][j] for j in nearest]
-            images = [(location, own != label) for own, (location, label) in zip(labels, found)]
+            images = []
+            for label, j in zip(labels, nearest):
+                location, nearest_label = items[domain][j]
+                images.append((location, nearest_label != label))
             rows.append((f"{name}\n{domain}", images))
     return rows
 

@@ -126,8 +126,8 @@ def rival(row, method, rows):
 
 def difference(rows, row, other, key):
     """Return the values of `row` minus those of `other`, a Row or None, of the seeds of both."""
-    own, theirs = rows[row], rows.get(other, {})
-    pairs = [(own[seed].get(key), theirs[seed].get(key)) for seed in own if seed in theirs]
+    seeds = [seed for seed in rows[row] if seed in rows.get(other, {})]
+    pairs = [(rows[row][seed].get(key), rows[other][seed].get(key)) for seed in seeds]
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
