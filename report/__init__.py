@@ -1,1 +1,1 @@
-"""What comes after the measuring: results, tables, figures, documents; and how fast it all runs."""
+"""What is made of records: tables, figures and the results page; and measures of features."""

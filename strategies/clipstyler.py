@@ -184,13 +184,14 @@ def style_artifact(settings, dataset, clip, domain, seed):
     """
     source, phrases = settings.source, dataset.meta.phrases
     train, items = dataset.split(source, source, "train", seed), dataset.images[source]
+    # by every rank, because the ranks that only load the artifact do not run make()
+    z = cached_features(clip, dataset, source, train, settings.cache)
 
     def make():
         text = dict(zip(phrases, encode_texts(clip, [*phrases.values()])))
         delta_t, steps = text[domain] - text[source], settings.mapper_steps or STEPS
         network, history = train_style(clip, train, delta_t, seed, steps)
         z_hat = repainted_features(clip, network, items)                                    # (N, d)
-        z = cached_features(clip, dataset, source, train, settings.cache)
         train_z_hat = z_hat[rows_in(items, train)]
         texts = (text[d].expand_as(z) for d in (source, domain))
         measures = measure_mapper(lambda _: train_z_hat, z, *texts, sigma=0)
