@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import unicodedata
@@ -133,6 +134,7 @@ class Meta:
     captioner: str | None = None  # the default of --captioner
     pool: str | None = None       # folder of image-text pairs to retrieve from, beside the set's
     k: int = 1                    # number of pairs to retrieve for each query
+    lambda_dive: int | float = 1000  # weight of DiVE's losses
     unseen: str | None = None     # data set of other classes in the same domains, beside this one
     schedules: dict = field(default_factory=dict)  # {"full": {"lr": 3e-4}}, overrides of SCHEDULES
     counts: dict = field(default_factory=dict)     # {domain: published number of images}
@@ -175,6 +177,7 @@ class Meta:
             "templates have to be lists of texts, each with one {}",
         )
         require(self.k >= 1, "k is below 1")
+        require(0 <= self.lambda_dive < math.inf, "lambda_dive is not a number from 0 up")
         names = ", ".join(TRAINED)
         require(self.schedules.keys() <= TRAINED.keys(), f"schedules are of {names}")
 

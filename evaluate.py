@@ -337,7 +337,7 @@ def report(settings, dataset, clip, records):
         *synthesis, *quality.caption_records(settings, dataset, clip),
     ]
     methods = settings.methods.values()
-    if any(method.retrieved for method in methods):
+    if any(method.needs_pairs for method in methods):
         measures += anchors.pair_records(settings, dataset, clip)
     save(measures, artifact_path(run / "scores", "measures", (measures,), ".json"))
     print(tables.terminal_table([*records, *measures]))
