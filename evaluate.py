@@ -8,7 +8,8 @@ Scores are stored in runs/…/scores/; what is stored is not measured again.
 ID is accuracy on held-out images of the source, OOD on each unseen domain; OOD mean is their mean
 over domains, and extended the mean of ID and OOD mean (LADS's measure). Unseen is accuracy among
 classes that finetuning never saw, in a domain: zero-shot ability; unseen mean is its mean over
-domains. Accuracy is top-1, over images, in per cent.
+domains. With --base-to-new these are the second half of the data set's classes, and H is the
+harmonic mean of both accuracies in a domain. Accuracy is top-1, over images, in per cent.
 """
 
 import contextlib
@@ -84,19 +85,35 @@ def domain_accuracies(dataset, source, seed, features_of, head_of):
     return {"values": values, "n": n, "validation": validation}
 
 
-def unseen_accuracies(dataset, features_of, head_of):
+def unseen_accuracies(dataset, images, features_of, head_of):
     """Return ({name: accuracy}, {name: images}) on a data set of unseen classes.
 
-    Names are "unseen DOMAIN" and "unseen mean", the mean over the domains on this disk.
+    images: {domain: items of the data set}, which are tested. Names are "unseen DOMAIN" and "unseen
+    mean", the mean over the domains that are on this disk.
     """
     values, n = dict.fromkeys(dataset.absent), dict.fromkeys(dataset.absent, 0)
-    for domain, items in dataset.images.items():
-        labels = torch.tensor([label for _, label in items])
-        values[domain] = accuracy(features_of(dataset, domain, items), labels, head_of(domain))
-        n[domain] = len(items)
+    for domain, items in images.items():
+        values[domain], n[domain] = None, len(items)
+        if items:  # an official list may name none of the new classes
+            labels = torch.tensor([label for _, label in items])
+            values[domain] = accuracy(features_of(dataset, domain, items), labels, head_of(domain))
     measured = [value for value in values.values() if value is not None]
     values["mean"], n["mean"] = statistics.mean(measured) if measured else None, sum(n.values())
     return {f"unseen {k}": v for k, v in values.items()}, {f"unseen {k}": v for k, v in n.items()}
+
+
+def harmonic_means(values):
+    """Return {"H DOMAIN": harmonic mean of the accuracies on base and new classes, "H mean": its
+    mean over domains}; None where one of them was not measured.
+
+    values: of `domain_accuracies` and `unseen_accuracies` together.
+    """
+    pairs = {d: (values[d], values[f"unseen {d}"]) for d in values if f"unseen {d}" in values}
+    mean = statistics.harmonic_mean
+    means = {d: None if None in pair else mean(pair) for d, pair in pairs.items()}
+    measured = [value for value in means.values() if value is not None]
+    means["mean"] = statistics.mean(measured) if measured else None
+    return {f"H {domain}": value for domain, value in means.items()}
 
 
 def head_function(clip, dataset, source, trained=None):
@@ -270,9 +287,14 @@ def measure(settings, dataset, unseen, clip, seed, features_of, trained):
     if unseen:
         open_head = trained if callable(trained) else None
         head_of = head_function(clip, unseen, settings.source, open_head)
-        values, n = unseen_accuracies(unseen, features_of, head_of)
+        images = unseen.images
+        if unseen is dataset.new:  # the images that are comparable with those of the base classes
+            images = {d: unseen.split(settings.source, d, "test", seed) for d in images}
+        values, n = unseen_accuracies(unseen, images, features_of, head_of)
         scores["values"] |= values
         scores["n"] |= n
+        if unseen is dataset.new:
+            scores["values"] |= harmonic_means(scores["values"])
     return scores
 
 

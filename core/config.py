@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def make_parser(doc=""):
         help="open_clip name, hf-hub:…, local-dir:PATH, checkpoint (default: the data set's)")
     add("--pretrained", default="openai", help="open_clip's tag of the weights (default: openai)")
     add("--run", type=text,
-        help="folder of checkpoints and scores (default: runs/DATASET-SOURCE)")
+        help="folder of checkpoints and scores (default: runs/DATASET-SOURCE[-base-to-new])")
     add("--methods", nargs="+", metavar="M",
         help="finetune lads ldfs flyp arf …; core/methods.py lists all")
     add("--ablate", action="store_true", help="also LDFS without each of its parts, and variations")
@@ -135,6 +136,9 @@ def make_parser(doc=""):
         "arf: full); flyp and arf train both towers")
     add("--seeds", type=count, help="seeds 0 … N-1: split, start, order (default: 3; arf: 1)")
     add("--shots", type=count, help="training images of each class (default: all)")
+    add("--base-to-new", action="store_true",
+        help="train on the first half of the classes; the others are the unseen ones (CoOp's "
+        "protocol)")
 
     add = parser.add_argument_group("captions (anchors.py)").add_argument
     add("--captioner", type=text,
@@ -235,9 +239,12 @@ def resolve(args, dataset):
         )
     usual = usual_schedules(dataset)
     flags = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr") if getattr(args, k)}
+    half = "base-to-new" if args.base_to_new else ""  # its accuracies are in tables of their own
+    folder = "-".join(filter(None, (args.dataset, source.replace(" ", "_"), half)))
     resolved = {
+        "dataset": f"{args.dataset} {half}".strip(),
         "source": source, "data": Path(args.data), "methods": methods, "train": train,
-        "run": Path(args.run or f"runs/{args.dataset}-{source.replace(' ', '_')}"),
+        "run": Path(args.run or f"runs/{folder}"),
         "model": args.model or meta.model or DEFAULT_MODEL,
         "captioner": args.captioner or meta.captioner or "Salesforce/blip2-opt-2.7b",
         "replace_captions": args.captioner is not None,
@@ -299,6 +306,10 @@ def describe(settings, dataset, device, mapper_schedules=()):
     targets = [d for d in dataset.meta.phrases if d != source]
     sizes = {d: len(dataset.split(source, d, "test", 0)) for d in targets if d in dataset.images}
     lines.append(("targets", ", ".join(f"{d} {sizes.get(d, 'no images')}" for d in targets)))
+    if dataset.new:
+        names = (", ".join(part.classnames) for part in (dataset, dataset.new))
+        base, new = (textwrap.shorten(text, 60, placeholder=" …") for text in names)
+        lines.append(("classes", f"{len(dataset.classes)}: {base}; new: {new}"))
     lines.append(("run", f"{settings.run}, seeds 0 … {settings.seeds - 1}"))
     lines += mapper_schedules
     names_of = {}  # {train: names of methods}

@@ -18,7 +18,7 @@ from core.results import read_records, write_records
 
 WIDTH = 100
 MEANS = ("ID", "OOD mean", "unseen mean")
-SHORT = {"OOD mean": "OOD", "unseen mean": "unseen"}
+SHORT = {"OOD mean": "OOD", "unseen mean": "unseen", "H mean": "H"}
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 MEASURES = {
     "synthesis": "Synthesised features and the real images nearest to them, in per cent",
@@ -166,7 +166,7 @@ def cells_of(rows, shown, compared, with_trained=False, raw=()):
     Without the column "trained", labels that are not unique name it.
     """
     common, lines = common_options(rows), []
-    means = {*MEANS[1:], "extended"}  # without a domain there is no mean in any row
+    means = {*MEANS[1:], "extended", "H mean"}  # without a domain there is no mean in any row
     empty = {key for key in means if not any(values_of(seeds, key) for seeds in rows.values())}
     labels = [row.label(common) for row in rows]
     for label, (row, seeds) in zip(labels, rows.items()):
@@ -247,7 +247,8 @@ def short_table(records):
     """
     rows = rows_of(records)
     compared = comparisons(rows)
-    shown = ["ID", *(key for key in MEANS[1:] if any(key in r["values"] for r in records))]
+    means = (*MEANS[1:], "H mean")  # H is of ID and unseen, so it is not compared in its own right
+    shown = ["ID", *(key for key in means if any(key in r["values"] for r in records))]
     with_flyp = any(method == "flyp" for *_, method in compared)
     optional = [c for c in compared if with_flyp and c[2] != "flyp"]
     optional += [c for c in compared if c[0] == "ID"]
@@ -267,8 +268,9 @@ def full_table(records):
     compared = comparisons(rows)
     keys = [*dict.fromkeys(key for r in records for key in r["values"])]
     means = [key for key in MEANS[1:] if key in keys]
-    # Of unseen classes in this data set's own domains, the mean is enough.
-    shown = [key for key in keys if key.removeprefix("unseen ") not in {*keys} - {key}]
+    # Of unseen classes in this data set's own domains, and of H, the mean is enough.
+    by_domain = {f"{prefix} {key}" for prefix in ("unseen", "H") for key in keys}
+    shown = [key for key in keys if key not in by_domain]
     heads = ["method", *["trained"] * several]
     heads += [f"ID ({key})" if key == source else key for key in shown]
     headings = [f"{SHORT.get(key, key)} {heading}" for key, heading, _ in compared]

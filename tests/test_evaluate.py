@@ -76,7 +76,7 @@ def test_unseen_classes_and_their_mean(tiny_data):
     def features_of(one, domain, items):
         return torch.eye(3)[[label * (domain != "sketch") for _, label in items]]
 
-    values, n = evaluate.unseen_accuracies(dataset, features_of, identity_head)
+    values, n = evaluate.unseen_accuracies(dataset, dataset.images, features_of, identity_head)
     assert values == {
         "unseen photo": 100, "unseen sketch": THIRD, "unseen cartoon": 100, "unseen mean": pytest.approx(700 / 9),
     }
@@ -139,6 +139,65 @@ def run(tiny_data, tiny_clip, tmp_path):
             return finetune.checkpoint_path(self.settings, self.dataset, self.clip, name, 0)
 
     return Run()
+
+
+def test_harmonic_means_by_hand():
+    values = {
+        "photo": 60.0, "sketch": 90.0, "cartoon": 0.0, "OOD mean": 45.0, "extended": 1.0,
+        "unseen photo": 30.0, "unseen sketch": None, "unseen cartoon": 50.0, "unseen mean": 40.0,
+    }
+    assert evaluate.harmonic_means(values) == {"H photo": 40, "H sketch": None, "H cartoon": 0, "H mean": 20}
+
+
+def test_base_to_new_by_hand(five_classes, run):
+    """Of each class, those images count that are tested without the flag; its captions are shared."""
+    records = run("--methods", "finetune", "flyp", "--base-to-new", "--lr", "0.003")
+    undivided = load_dataset("tiny", five_classes)
+    names = {"cat": "cat", "cow": "cow", "dog": "dog", "owl": "owl", "red_house": "red house"}
+    halves = [*names][:3], [*names][3:]
+    tuned = features.towers_of(torch.load(run.checkpoint("flyp"))["modules"])
+    for method, state in (("zero-shot", run.clip.original), ("flyp", tuned)):
+        run.clip.model.load_state_dict(state)
+        values, means = records[method, 1.0]["values"], []
+        for domain in ("photo", "sketch", "cartoon"):
+            accuracies = []
+            for half in halves:
+                paths = [at for at, _ in undivided.split("photo", domain, "test", 0) if at.path.split("/")[1] in half]
+                z = features.encode_images(run.clip, [(at, 0) for at in paths])
+                t = features.encode_texts(run.clip, [f"a photo of a {names[name]}" for name in half])
+                guesses = [half[i] for i in (z @ t.T).argmax(1).tolist()]
+                hits = [guess == at.path.split("/")[1] for guess, at in zip(guesses, paths)]
+                accuracies.append(100 * sum(hits) / len(hits))
+            base, new = accuracies
+            means.append(2 * base * new / (base + new) if base + new else 0)
+            assert [values[domain], values[f"unseen {domain}"], values[f"H {domain}"]] == pytest.approx([base, new, means[-1]], abs=1e-4)
+        assert values["H mean"] == pytest.approx(sum(means) / 3, abs=1e-4)
+    n = records["flyp", 1.0]["n"]
+    assert [n[key] for key in ("photo", "unseen photo", "sketch", "unseen sketch")] == [9, 6, 30, 20]
+    assert {r["dataset"] for r in records.values()} == {"tiny base-to-new"}
+    head = torch.load(run.checkpoint("finetune"))["modules"]["head.weight"]
+    assert len(head) == 3 and not any(key[:2] in ("un", "H ") for key in records["finetune", 1.0]["values"])
+    run.clip.reset()
+
+
+def test_base_to_new_and_the_undivided_set_can_share_a_folder(five_classes, run):
+    """Neither takes the other's checkpoints, scores or features for its own."""
+    methods = "--methods", "flyp", "ldfs"
+    divided = run(*methods, "--base-to-new")
+    checkpoints = {run.checkpoint(name) for name in ("flyp", "ldfs")}
+    undivided = run(*methods)
+    assert not checkpoints & {run.checkpoint(name) for name in ("flyp", "ldfs")}
+    assert undivided["flyp", 1.0]["n"]["photo"] == 15 and "unseen mean" not in undivided["flyp", 1.0]["values"]
+    assert run(*methods, "--base-to-new") == divided
+    fresh = run(*methods, "--base-to-new", "--run", f"{run.settings.run}/fresh/run")
+    assert fresh == divided
+
+
+def test_an_official_list_without_new_classes_leaves_their_domain_out(five_classes, run):
+    (five_classes / "tiny" / "sketch_test.txt").write_text("sketch/cat/0.png\n")
+    values = run("--methods", "flyp", "--base-to-new")["flyp", 1.0]["values"]
+    assert values["sketch"] is not None and values["unseen sketch"] is values["H sketch"] is None
+    assert values["unseen mean"] == pytest.approx((values["unseen photo"] + values["unseen cartoon"]) / 2, abs=1e-4)
 
 
 @pytest.fixture
@@ -252,9 +311,9 @@ def test_images_are_encoded_with_maples_prompts_and_only_its(run, monkeypatch):
 def test_unseen_classes_are_named_by_the_finetuned_text_tower(run, others, monkeypatch):
     heads, true_accuracies = [], evaluate.unseen_accuracies
 
-    def look(dataset, features_of, head_of):
+    def look(dataset, images, features_of, head_of):
         heads.append(head_of("sketch")[0])
-        return true_accuracies(dataset, features_of, head_of)
+        return true_accuracies(dataset, images, features_of, head_of)
 
     monkeypatch.setattr(evaluate, "unseen_accuracies", look)
     run("--methods", "flyp", "--lr", "0.01")

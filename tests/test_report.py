@@ -178,6 +178,16 @@ def test_arf_is_compared_with_flyp_at_the_same_alpha():
     ]
 
 
+def test_h_is_shown_beside_the_unseen_mean_and_not_compared():
+    values = {"photo": [80], "OOD mean": [70], "unseen photo": [40], "unseen mean": [40], "H photo": [53], "H mean": [50]}
+    records = scores("flyp", values) + scores("finetune", {"photo": [80], "OOD mean": [70]})
+    heads, lines = tables.short_table(records)
+    assert heads[:5] == ["method", "ID", "OOD", "unseen", "H"] and not any("H\n" in head for head in heads)
+    assert [line[4] for line in lines] == ["50.0", "not run"]
+    assert column(records, "H mean") == {"flyp": "50.0", "finetune": "not run"}
+    assert "H photo" not in markdown_table(records) and "unseen photo" not in markdown_table(records)
+
+
 def test_what_is_compared_has_the_same_options_where_they_matter():
     """λ_cap and captions do not matter to FLYP; a learning rate and the number of images do."""
     def ood(method, value, **options):
