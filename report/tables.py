@@ -75,10 +75,13 @@ def row_of(record):
 
 
 def rows_of(records):
-    """Return {Row: {seed: values}} of records of accuracy. The source's value is also "ID"."""
+    """Return {Row: {seed: values}} of records of accuracy. The source's value is also "ID", and the
+    ECE of each is "ECE ID" and so on.
+    """
     rows = {}
     for r in records:
-        values = {"ID": r["values"].get(r["source"]), **r["values"]}
+        values, errors = ({"ID": v.get(r["source"]), **v} for v in (r["values"], r.get("ece", {})))
+        values |= {f"ECE {key}": value for key, value in errors.items()}
         rows.setdefault(row_of(r), {})[r["seed"]] = values
     return rows
 
@@ -271,6 +274,8 @@ def full_table(records):
     # Of unseen classes in this data set's own domains, and of H, the mean is enough.
     by_domain = {f"{prefix} {key}" for prefix in ("unseen", "H") for key in keys}
     shown = [key for key in keys if key not in by_domain]
+    errors = [f"ECE {key}" for key in MEANS]
+    shown += [key for key in errors if any(values_of(seeds, key) for seeds in rows.values())]
     heads = ["method", *["trained"] * several]
     heads += [f"ID ({key})" if key == source else key for key in shown]
     headings = [f"{SHORT.get(key, key)} {heading}" for key, heading, _ in compared]
