@@ -152,7 +152,7 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
         images_of = augmented(locations, order, "images", seed, epoch)
         for whole_batch, (images, rows) in zip(order, images_of):
             batch = Batch(labels[whole_batch].to(clip.device), images=images)
-            if method.contrastive:
+            if method.contrastive and method.classes:
                 batch.prompts = tokens[template[rows], labels[rows]]
             if method.captions:
                 batch.captions = clip.tokenizer([texts[row] for row in rows.tolist()])
