@@ -406,11 +406,11 @@ def main():
     """Run one stage: anchors.py caption|retrieve DATASET [SOURCE] [flags]."""
     stage, *argv = sys.argv[1:] or [""]
     if stage in ("-h", "--help"):
-        print(__doc__)
-        parse(__doc__, [stage])
+        print(f"{__doc__}\npython anchors.py caption --help, retrieve --help: the flags of a stage")
+        return
     if stage not in ("caption", "retrieve"):
         fail("name a stage: python anchors.py caption|retrieve DATASET [SOURCE] [flags]")
-    settings, dataset = load_run(parse(__doc__, argv))
+    settings, dataset = load_run(parse(__doc__, argv, stage))
     if stage == "caption":
         caption_source(settings, dataset)
         if rank_and_world()[0] == 0:

@@ -424,7 +424,7 @@ def out_of_memory(settings, name):
 
 
 def main():
-    settings, dataset = load_run(parse(__doc__))
+    settings, dataset = load_run(parse(__doc__, stage="finetune"))
     clip = load_clip(settings)
     main_print(describe_run(settings, dataset, clip.device))
     finetune_all(settings, dataset, clip)

@@ -327,7 +327,8 @@ def measure_evaluation(clip, images, copies, watch):
 def main():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, number(int, 0)
-    add("--model", default=DEFAULT_MODEL, help="open_clip name, hf-hub:…, or local-dir:PATH")
+    add("--model", default=DEFAULT_MODEL,
+        help=f"open_clip name, hf-hub:…, or local-dir:PATH (default: {DEFAULT_MODEL})")
     add("--batch-size", type=count, default=64, help="images of a step (default: 64)")
     add("--caption-batch", type=count, default=32, help="images at a time (default: 32)")
     add("--classes", type=count, default=1000, help="classes of the images (default: 1000)")

@@ -127,11 +127,11 @@ def run(paper, folder, *flags):
 
         return recorded
 
-    def draw_figure4(path, rows):
-        record.figure4 = {}
-        for label, images in rows:
-            recipe, _, domain = label.partition("\n")
-            record.figure4[recipe, domain or None] = [location.path for location, _ in images]
+    def draw_figure4(path, targets):
+        record.figure4 = {
+            (label, domain if i else None): [location.path for location, _ in images]
+            for domain, rows in targets.items() for i, (label, images) in enumerate(rows)
+        }
 
     def draw_figure5(path, columns):
         record.figure5 = [
