@@ -35,7 +35,7 @@ from core.distributed import get_device, require_one_process
 from core.methods import parse_recipe
 from core.utils import fail, is_out_of_memory, one_line
 from data import Location
-from features import Clip, autocast, encode_images, precision, resolve_local
+from features import Clip, autocast, encode_images, precision, resolve_local, split_transforms
 from finetune import arf_losses, ldfs_losses
 from mapper import new_mapper, train_mapper
 from report.tables import aligned
@@ -110,7 +110,10 @@ def new_clip(name, device):
     except Exception as error:  # whatever the hub or a bad config raises
         fail(f"--model {name}: {one_line(error)}. Name a model of open_clip, or local-dir:PATH.")
     model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Clip(model, preprocess, augment, tokenizer, device, name)
+    augment, _, _ = split_transforms(augment)
+    preprocess, mean, std = split_transforms(preprocess)
+    normalisation = mean.to(device), std.to(device)
+    return Clip(model, preprocess, augment, tokenizer, device, name, *normalisation)
 
 
 def image_size(clip):
@@ -121,7 +124,8 @@ def image_size(clip):
 def new_batch(method, clip, n, classes):
     """Return a Batch of n images of `classes` classes, for ARF with captions and n pairs."""
     def new_images():
-        return torch.randn(n, 3, *image_size(clip), device=clip.device)
+        shape = n, 3, *image_size(clip)
+        return torch.randint(256, shape, dtype=torch.uint8, device=clip.device)
 
     def tokens(text, numbers):
         return clip.tokenizer([text.format(i) for i in numbers]).to(clip.device)
@@ -168,8 +172,15 @@ def our_step(method, strategy, batch):
 
 
 def peer_step(method, strategy, batch):
-    """Return a function that takes the peer's step from the same start and returns its loss."""
-    model = strategy.clip.model
+    """Return a function that takes the peer's step from the same start and returns its loss.
+
+    The peer gets the images as its loader would make them, normalised.
+    """
+    clip = strategy.clip
+    model, images = clip.model, {"images": clip.normalise(batch.images)}
+    if batch.pool_images is not None:
+        images["pool_images"] = clip.normalise(batch.pool_images)
+    batch = replace(batch, **images)
     optimizer = torch.optim.AdamW(strategy.parameters(), 1e-5, weight_decay=0.1)
 
     @autocast(strategy.clip.device)
@@ -301,17 +312,18 @@ def measure_evaluation(clip, images, copies, watch):
     n, size = len(images), int(1.5 * max(image_size(clip)))
 
     def load(transform):
-        return [None for _ in image_batches(items, transform, in_order(len(items), n), clip.device)]
+        return [None for _ in image_batches(in_order(places, n), transform, clip.device)]
 
     @torch.no_grad()
     @autocast(clip.device)
     def model_alone():
-        return [clip.model.encode_image(images).cpu() for _ in range(copies)]
+        return [clip.image_tower(images).cpu() for _ in range(copies)]
 
     with tempfile.TemporaryDirectory() as folder:
         for i in range(n):
             Image.effect_noise((size, size), 64).convert("RGB").save(f"{folder}/{i}.jpg")
-        items = [(Location(folder, f"{i}.jpg"), 0) for i in range(n)] * copies
+        places = [Location(folder, f"{i}.jpg") for i in range(n)] * copies
+        items = [(location, 0) for location in places]
         seconds, _ = watch({
             "evaluation": lambda: encode_images(clip, items, n),
             "loader": lambda: load(clip.preprocess),
