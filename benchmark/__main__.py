@@ -11,6 +11,7 @@ the machine changes wall time. Pixels are random, and so are weights unless --mo
 
 import copy
 import gc
+import re
 import statistics
 import tempfile
 import textwrap
@@ -29,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from anchors import search
 from batches import Batch, image_batches, in_order
 from benchmark import peers
-from core.artifacts import save
+from core.artifacts import load, save, write_atomically
 from core.config import DEFAULT_MODEL, Parser, number
 from core.distributed import get_device, require_one_process
 from core.methods import parse_recipe
-from core.utils import fail, is_out_of_memory, one_line
+from core.utils import ROOT, fail, is_out_of_memory, one_line
 from data import Location
 from features import Clip, autocast, encode_images, precision, resolve_local, split_transforms
 from finetune import arf_losses, ldfs_losses
@@ -42,6 +43,7 @@ from report.tables import aligned
 from strategies.towers import BothTowers, FullFinetuning
 
 PEERS = {"finetune": "WiSE-FT's", "flyp": "FLYP's", "arf": "three forwards"}
+PAGES = ROOT / "docs/results"
 MAPPERS = ("lads", "ldfs", "global")
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's sheets
 
@@ -65,7 +67,8 @@ def print_table(content, path, title, rows):
     """Measure and print the rows {what: function that returns {column: value}} of a table.
 
     Each row is added to `content`, which is stored in `path`, as soon as it is measured. If the
-    memory does not suffice for a row, the row says so, and the next ones follow.
+    memory does not suffice for a row, the row says so, and the next ones follow. A GPU's tables
+    also go to its page in docs/results/.
     """
     table = content["tables"][title] = []
     for what, measure_row in rows.items():
@@ -78,13 +81,39 @@ def print_table(content, path, title, rows):
         save(content, path)
         gc.collect()  # models that a traceback has kept, before the next ones are made
         torch.cuda.empty_cache()
+    print(f"\n{title}:\n\n{text_table(table)}", flush=True)
+    if content.get("device", "CPU") != "CPU":
+        write_page(path.parent, content["device"])
+
+
+def text_table(table):
+    """Return a table [{column: value}] as text."""
     columns = [*dict.fromkeys(column for row in table for column in row)]
     lines = []
     for row in table:
         values = [row.get(column, "") for column in columns]
         lines.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
-    heads = [textwrap.fill(column, 13, break_long_words=False) for column in columns]
-    print(f"\n{title}:\n\n{aligned(heads, lines)}", flush=True)
+    return aligned([textwrap.fill(head, 13, break_long_words=False) for head in columns], lines)
+
+
+def write_page(folder, device):
+    """Write docs/results/gpu-DEVICE.md: all that `folder` has of benchmarks on this device."""
+    lines = [f"# {device}", "", "Written by `python -m benchmark`; see [GPU.md](../GPU.md)."]
+    for path in sorted(folder.glob("*.json")):
+        content = load(path)
+        if content.get("device") == device:
+            tables = content.pop("tables")
+            about = ", ".join(f"{name} {value}" for name, value in content.items())
+            lines += ["", f"## Batch {content['batch']}", "", about]
+            for title, table in tables.items():
+                lines += ["", f"{title}:", "", "```text", text_table(table), "```"]
+    page = PAGES / f"gpu-{slug(device)}.md"
+    write_atomically(page, lambda part: part.write_text("\n".join(lines) + "\n", "utf-8"))
+
+
+def slug(device):
+    """Return a device's name as part of a file's name: "nvidia-h100-80gb-hbm3"."""
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def compare(ours, peers):
@@ -346,8 +375,8 @@ def main():
     add("--classes", type=count, default=1000, help="classes of the images (default: 1000)")
     add("--rounds", type=count, default=7, help="how often each is measured (default: 7)")
     add("--threads", type=count, default=1, help="of a CPU (default: 1)")
-    add("--out", type=Path, default=Path("runs/benchmark.json"),
-        help="where the numbers are stored (default: runs/benchmark.json)")
+    add("--out", type=Path,
+        help="where the numbers are stored (default: runs/benchmark/DEVICE-batchN.json)")
     args = parser.parse_args()
     require_one_process("The benchmark")
     device = get_device()
@@ -362,7 +391,8 @@ def main():
         "batch": args.batch_size, "classes": args.classes, "rounds": args.rounds,
     }
     print(", ".join(f"{name}: {value}" for name, value in about.items()))
-    table = partial(print_table, {**about, "tables": {}}, args.out)
+    out = args.out or Path(f"runs/benchmark/{slug(about['device'])}-batch{args.batch_size}.json")
+    table = partial(print_table, {**about, "tables": {}}, out)
     clip = new_clip(args.model, device)
     batches = {m: new_batch(m, clip, args.batch_size, args.classes) for m in PEERS}
     class_text = unit(args.classes, clip.encode_text(batches["flyp"].prompts[:1]).shape[1])
