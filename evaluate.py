@@ -469,7 +469,7 @@ def loss_histories(settings, dataset, clip):
 
 
 def main():
-    settings, dataset = load_run(parse(__doc__))
+    settings, dataset = load_run(parse(__doc__, stage="evaluate"))
     require_one_process("evaluate.py")
     clip = load_clip(settings)
     print(describe_run(settings, dataset, clip.device))

@@ -325,7 +325,7 @@ def mapper_records(settings, dataset, clip):
 
 
 def main():
-    settings, dataset = load_run(parse(__doc__))
+    settings, dataset = load_run(parse(__doc__, stage="mapper"))
     clip = load_clip(settings)
     main_print(describe_run(settings, dataset, clip.device))
     train_all(settings, dataset, clip)

@@ -78,7 +78,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        help = "show tracebacks of errors (default: off)"
+        self.add_argument("--debug", action="store_true", help=help)
 
     def error(self, message):
         fail(f"{message}. See --help.")
@@ -107,62 +108,97 @@ def text(value):
     return value
 
 
-def make_parser(doc=""):
-    """Return the parser that all stages share: each takes every flag and uses its own."""
-    parser = Parser(description=doc.split("\n")[0], allow_abbrev=False)
+STAGES = ("caption", "retrieve", "mapper", "finetune", "evaluate")
+# A stage uses the flags of earlier stages too, because it makes what it needs.
+MAKES_CAPTIONS = ("caption", "mapper", "finetune", "evaluate")
+MAKES_PAIRS = ("retrieve", "finetune", "evaluate")
+MAKES_MAPPERS = ("mapper", "finetune", "evaluate")
+TRAINS = ("finetune", "evaluate")
+ENCODES = ("retrieve", "mapper", "finetune", "evaluate")
+
+
+def make_parser(doc="", stage=None):
+    """Return the parser that all stages share: each takes every flag, and its --help shows those
+    that it uses.
+
+    stage: one of STAGES; None (run.py) uses all flags.
+    """
+    prog = f"anchors.py {stage}" if stage in ("caption", "retrieve") else None
+    parser = Parser(prog=prog, description=doc.split("\n")[0], allow_abbrev=False)
     count, positive = number(int, 0, 10**9), number(float, 0)
     weight = number(float, 0, inclusive=True)
     share = number(float, 0, 1, inclusive=True)
 
-    add = parser.add_argument
+    def group(title, stages):
+        """Return add(flag, …, help, stages) of a group; stages: those that use its flags."""
+        arguments = parser.add_argument_group(title)
+
+        def add(*names, help, stages=stages, **options):
+            used = stage is None or stage in stages
+            arguments.add_argument(*names, help=help if used else argparse.SUPPRESS, **options)
+
+        return add
+
+    add = group("data and run", STAGES)
     add("dataset", type=text, help="a name in sets/, or a folder in --data with a dataset.json")
     add("source", nargs="?", type=text,
         help="domain to finetune on; the others are unseen (default: the first)")
-    add("--paper", choices=PAPERS, default="ldfs", help="whose defaults (the run scripts set it)")
     add("--data", default="data", type=text,
         help="folder that contains the data set's folder (default: data)")
-    add("--captions", type=text,
-        help="JSON lines of path, caption (default: the data set's captions.jsonl)")
-    add("--model", type=text,
-        help="open_clip name, hf-hub:…, local-dir:PATH, checkpoint (default: the data set's)")
-    add("--pretrained", default="openai", help="open_clip's tag of the weights (default: openai)")
     add("--run", type=text,
-        help="folder of checkpoints and scores (default: runs/DATASET-SOURCE[-base-to-new])")
+        help="folder of checkpoints and scores (default: runs/DATASET-SOURCE[-base-to-new])",
+        stages=ENCODES)
+    add("--captions", type=text, stages=MAKES_CAPTIONS,
+        help="JSON lines of path, caption (default: the data set's captions.jsonl)")
+    add("--model", type=text, stages=ENCODES,
+        help="open_clip name, hf-hub:…, local-dir:PATH, checkpoint (default: the data set's)")
+    add("--pretrained", default="openai", stages=ENCODES,
+        help="open_clip's tag of the weights (default: openai)")
+
+    add = group("methods", MAKES_MAPPERS)
+    add("--paper", choices=PAPERS, default="ldfs",
+        help="whose methods, seeds and alphas are the defaults (default: ldfs)")
     add("--methods", nargs="+", metavar="M",
-        help="finetune lads ldfs flyp arf …; core/methods.py lists all")
-    add("--ablate", action="store_true", help="also LDFS without each of its parts, and variations")
-    add("--train", choices=[name for name in SCHEDULES if name != "lpft"],
+        help="finetune lads ldfs flyp arf …; core/methods.py lists all (default: the paper's)")
+    add("--ablate", action="store_true",
+        help="also LDFS without each of its parts, and variations (default: off)")
+    add("--train", choices=[name for name in SCHEDULES if name != "lpft"], stages=TRAINS,
         help="what finetune, lads, ldfs train: TRAINED in core/methods.py (default: linear; "
         "arf: full); flyp and arf train both towers")
     add("--seeds", type=count, help="seeds 0 … N-1: split, start, order (default: 3; arf: 1)")
     add("--shots", type=count, help="training images of each class (default: all)")
     add("--base-to-new", action="store_true",
         help="train on the first half of the classes; the others are the unseen ones (CoOp's "
-        "protocol)")
+        "protocol; default: off)")
 
-    add = parser.add_argument_group("captions (anchors.py)").add_argument
+    add = group("captions (anchors.py caption)", MAKES_CAPTIONS)
     add("--captioner", type=text,
-        help="model on the hub, or a folder; if given, it replaces other captioners' captions")
+        help="model on the hub, or a folder; if given, it replaces other captioners' captions "
+        "(default: the data set's, else BLIP-2)")
     add("--prompt", default="", help="words that the caption continues (default: none)")
     add("--beams", type=count, default=5, help="beams of the search (default: 5)")
     add("--max-tokens", type=count, default=30, help="longest caption (default: 30)")
     add("--caption-batch", type=count, default=32, help="images at a time (default: 32)")
 
-    add = parser.add_argument_group("retrieved pairs (anchors.py)").add_argument
+    add = group("retrieved pairs (anchors.py retrieve)", MAKES_PAIRS)
     add("--pool", type=text,
         help="folder of webdataset shards (default: the data set's, else cc3m in --data)")
     add("--k", type=count, help="pairs of each query (default: the data set's, else 1)")
-    add("--query", choices=["image", "text"], default="image", help="images, or class prompts")
+    add("--query", choices=["image", "text"], default="image",
+        help="images, or class prompts (default: image)")
     add("--same", type=positive, default=0.99,
         help="cosine from which a pair counts as a test image and is dropped (default: 0.99)")
 
-    add = parser.add_argument_group("mapper.py and finetune.py").add_argument
+    add = group("mapper.py", MAKES_MAPPERS)
     add("--mapper-steps", type=count, help="steps of each mapper (default: its recipe's)")
+
+    add = group("finetune.py", TRAINS)
     add("--init", choices=["text", "scratch"],
         help="start of the head: class prompts (default of full, lpft) or random (of linear)")
     add("--unlocked-groups", type=number(int, 0, inclusive=True), metavar="N",
         help="train only the image tower's last N groups of layers (default: all)")
-    add("--lock-text", action="store_true", help="flyp, arf, towers: train only the image tower")
+    add("--lock-text", action="store_true",
+        help="flyp, arf, towers: train only the image tower (default: off)")
     add("--epochs", type=count, help="passes over the training images (default: SCHEDULES)")
     add("--batch-size", type=count, help="images of a step (default: SCHEDULES)")
     add("--micro-batch", type=count, metavar="N",
@@ -174,15 +210,19 @@ def make_parser(doc=""):
     add("--lambda-dive", type=weight,
         help="weight of dive's and snd's losses (default: the data set's, else 1000)")
 
-    add = parser.add_argument_group("evaluate.py").add_argument
+    add = group("evaluate.py", ("evaluate",))
     add("--alphas", nargs="*", type=share,
-        help="weights of the finetuned model to interpolate with, besides 1 (WiSE-FT's α)")
+        help="weights of the finetuned model to interpolate with, besides 1, WiSE-FT's α "
+        "(default: none; arf: 0.25 0.5 0.75)")
     return parser
 
 
-def parse(doc, argv=None):
-    """Return the parsed command line. Nothing is loaded; `resolve` completes it."""
-    return make_parser(doc or "").parse_args(argv)
+def parse(doc, argv=None, stage=None):
+    """Return the parsed command line. Nothing is loaded; `resolve` completes it.
+
+    stage: as in `make_parser`.
+    """
+    return make_parser(doc or "", stage).parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------------

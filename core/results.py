@@ -1,8 +1,8 @@
 """Records: what was measured, and of what. Tables and figures are made of records alone.
 
 A record is a dict of one measurement. A run stores each as a file in its folder scores/;
-docs/results/ stores those of a run as lines of one .jsonl file, whose first line contains the
-fields that all share:
+docs/results/NAME/rows.jsonl stores those of a run as lines, after a first line with the fields that
+all of them share:
 
     {"kind": "accuracy", "dataset": "emoji", "source": "3d", "model": "local-dir:emoji/clip",
      "method": "arf", "trained": "both towers", "seed": 0, "alpha": 1.0,
@@ -22,6 +22,7 @@ from pathlib import Path
 from core.artifacts import load, write_atomically
 from core.utils import fail
 
+ROWS = "rows.jsonl"
 DEFAULTS = {"trained": "", "seed": 0, "alpha": 1.0, "schedule": None, "options": {}}
 IDENTITY = (
     "kind", "dataset", "source", "model", "method", "trained", "options", "domain", "alpha", "seed",
@@ -58,11 +59,11 @@ def newest(records):
 
 
 def read_records(path):
-    """Return the records of a run folder or of a .jsonl file, of each thing the newest.
-
-    Exits with status 2 if there is none.
+    """Return the records of a run folder, of a folder with rows.jsonl or of a .jsonl file: of each
+    thing the newest. Exits with status 2 if there is none.
     """
     path, records = Path(path), []
+    path = path / ROWS if (path / ROWS).exists() else path
     if path.is_dir():
         files = [(file.stat().st_mtime_ns, file) for file in (path / "scores").glob("*.json")]
         for _, file in sorted(files):

@@ -44,16 +44,16 @@ def consistency(z_hat, labels, target, source):
 
 
 def synthesis_records(settings, dataset, clip):
-    """Return (records of `consistency`, rows for figures.draw_figure4 by the mappers of seed 0).
+    """Return (records of `consistency`, {target: rows of its picture} by the mappers of seed 0).
 
     There are none if no method synthesises features of a domain that is on this disk. "not mapped"
     is the source's own features.
     """
     recipes, source = recipes_of(settings.methods), settings.source
     styles = [d for d in dataset.styles(source) if d in dataset.images and d not in dataset.heads]
-    records, picture = [], []
+    records, pictures = [], {}
     if not recipes or not styles:
-        return records, picture
+        return records, pictures
     for seed in range(settings.seeds):
         items = {d: dataset.split(source, d, "test", seed) for d in (source, *styles)}
         real = {}
@@ -73,24 +73,25 @@ def synthesis_records(settings, dataset, clip):
                 )
         if seed == 0:
             del z_hats["not mapped"]
-            picture = picture_rows(items, source, styles, z_hats, real)
-    return records, picture
+            pictures = picture_rows(items, source, styles, z_hats, real)
+    return records, pictures
 
 
 def picture_rows(items, source, styles, z_hats, real):
-    """Return [(label, [(Location, whether the nearest image is of another class)])]."""
+    """Return {target: [(label, [(Location, whether the nearest image is of another class)])]}."""
     shown = random_order(len(items[source]))[:N_SHOWN]
     labels = [items[source][i][1] for i in shown]
-    rows = [("source", [(items[source][i][0], False) for i in shown])]
-    for domain in styles:
+    originals = [(items[source][i][0], False) for i in shown]
+    pictures = {domain: [(source, originals)] for domain in styles}
+    for domain, rows in pictures.items():
         for name, z_hat in z_hats.items():
             nearest = neighbours(z_hat[domain][shown], real[domain][0]).tolist()
             images = []
             for label, j in zip(labels, nearest):
                 location, nearest_label = items[domain][j]
                 images.append((location, nearest_label != label))
-            rows.append((f"{name}\n{domain}", images))
-    return rows
+            rows.append((name, images))
+    return pictures
 
 
 def random_order(n):

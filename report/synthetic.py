@@ -4,16 +4,19 @@ whose direction to the target domain is known and depends on the image to a chos
     python -m report.synthetic
 """
 
-import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+from core.artifacts import artifact_path, save
 from core.config import Parser
 from core.methods import parse_recipe
+from core.results import record
 from losses import class_consistency
 from mapper import measure_mapper, train_mapper
-from report.tables import markdown, mean_and_deviation
+from report.tables import terminal_table
 
 RECIPES = ["ldfs", "ldfs:direction=class"]
 DEGREES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -80,15 +83,26 @@ def measure(degree, seed):
 
 
 def main():
-    lines = []
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--run", default="runs/made-up", type=Path,
+                        help="folder of the scores (default: runs/made-up)")
+    args, records = parser.parse_args(), []
+    about = SimpleNamespace(dataset="made-up", source="source", model="no model")
     for degree in DEGREES:
-        spreads, accuracies = zip(*(measure(degree, seed) for seed in range(SEEDS)))
-        cells = [mean_and_deviation([a[name] for a in accuracies]) for name in accuracies[0]]
-        less = [a["ldfs"] - a["ldfs:direction=class"] for a in accuracies]
-        lines.append([f"{statistics.mean(spreads):.2f}", *cells, mean_and_deviation(less)])
-    print(markdown(["spread", *accuracies[0], "ldfs less direction=class"], lines))
+        for seed in range(SEEDS):
+            spread, accuracies = measure(degree, seed)
+            of = {"trained": "head", "options": {"degree": degree}}
+            records += [
+                record(about, "accuracy", name, seed, {"OOD mean": value}, {}, **of)
+                for name, value in accuracies.items()
+            ]
+            directions = f"degree {degree:g}"
+            values = {"spread": spread}
+            records.append(record(about, "mapper", "ldfs", seed, values, {}, domain=directions))
+    save(records, artifact_path(args.run / "scores", "made-up", (records,), ".json"))
+    for part in ("accuracy", "mapper"):
+        print(terminal_table([r for r in records if r["kind"] == part]), end="\n\n")
 
 
 if __name__ == "__main__":
-    Parser(description=__doc__.split("\n\n")[0]).parse_args()
     main()

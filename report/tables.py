@@ -2,7 +2,6 @@
 
     python -m report.tables runs/emoji-3d              # short, at most 100 columns wide
     python -m report.tables runs/emoji-3d --full       # markdown: every domain, every seed
-    python -m report.tables runs/emoji-3d --collect docs/results/emoji-3d.jsonl
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from core.config import Parser
 from core.methods import RECIPES, option_matters, parse_method
-from core.results import read_records, write_records
+from core.results import read_records
 
 WIDTH = 100
 MEANS = ("ID", "OOD mean", "unseen mean")
@@ -65,6 +64,21 @@ def common_options(rows):
     return [
         option for option in dict.fromkeys(option for row in trained for option in row.options)
         if all(option in row.options for row in trained if applies(option[0], row.method))
+    ]
+
+
+def labels_of(rows, with_trained=False):
+    """Return the label of each row, without the options that all share.
+
+    Without a column "trained", labels that are not unique name what is trained.
+    """
+    common = common_options(rows)
+    labels = [row.label(common) for row in rows]
+    if with_trained:
+        return labels
+    return [
+        f"{label} ({row.trained})" if labels.count(label) > 1 else label
+        for label, row in zip(labels, rows)
     ]
 
 
@@ -165,16 +179,11 @@ def values_of(seeds, key):
 
 def cells_of(rows, shown, compared, with_trained=False, raw=()):
     """Return a line of cells for each row: label, means, differences; of keys in `raw` each seed.
-
-    Without the column "trained", labels that are not unique name it.
     """
-    common, lines = common_options(rows), []
+    lines = []
     means = {*MEANS[1:], "extended", "H mean"}  # without a domain there is no mean in any row
     empty = {key for key in means if not any(values_of(seeds, key) for seeds in rows.values())}
-    labels = [row.label(common) for row in rows]
-    for label, (row, seeds) in zip(labels, rows.items()):
-        if labels.count(label) > 1 and not with_trained:
-            label += f" ({row.trained})"
+    for label, (row, seeds) in zip(labels_of(rows, with_trained), rows.items()):
         cells = [label, *[row.trained] * with_trained]
         for key in shown:
             missing = "–" if key in empty else "not run"
@@ -371,16 +380,13 @@ def measure_cell(kind, records, name):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or .jsonl files")
-    parser.add_argument("--full", action="store_true", help="markdown: every domain, every seed")
-    parser.add_argument("--collect", metavar="FILE", help="write all records into one .jsonl file")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="folders: runs/emoji-3d, docs/results/emoji-3d")
+    parser.add_argument("--full", action="store_true",
+                        help="markdown with every domain and every seed (default: only means)")
     args = parser.parse_args()
-    runs = [read_records(run) for run in args.runs]
-    if args.collect:
-        write_records([r for records in runs for r in records], args.collect)
-        print(f"wrote {args.collect}")
-        return
-    for records in runs:
+    for run in args.runs:
+        records = read_records(run)
         print(markdown_table(records) if args.full else terminal_table(records), end="\n\n")
 
 

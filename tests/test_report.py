@@ -383,7 +383,7 @@ def test_published_numbers_are_in_the_full_tables_of_their_data_sets():
     assert all(len(row) == len(entry["columns"]) for entry in tables.PUBLISHED for row in entry["rows"])
 
 
-def test_the_command_prints_short_and_full_tables_and_collects(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_short_and_full_tables(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["tables.py", *map(str, arguments)])
         tables.main()
@@ -393,38 +393,118 @@ def test_the_command_prints_short_and_full_tables_and_collects(tmp_path, monkeyp
     save(records, tmp_path / "scores" / "a.json")
     assert run(tmp_path).strip() == terminal_table(records).strip()
     assert run(tmp_path, "--full").strip() == markdown_table(records).strip()
-    run(tmp_path, "--collect", tmp_path / "a.jsonl")
-    assert read_records(tmp_path / "a.jsonl") == records
+    write_records(records, tmp_path / "rows.jsonl")  # these come before scores/
+    save(scores("arf", {"photo": [3.0]}), tmp_path / "scores" / "b.json")
+    assert run(tmp_path).strip() == terminal_table(records).strip()
     with pytest.raises(SystemExit) as stop:
         run()
     assert stop.value.code == 2
 
 
 # -------------------------------------------------------------------------------------------------
-# docs/RESULTS.md
+# Documents
 
 
-def test_the_results_page_is_what_the_command_writes():
-    text = document.PAGE.read_text()
-    assert document.with_tables(text) == text, "run: python -m report.document"
-    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/results/*.jsonl")}
-    assert {*document.MARKED.findall(text)} == files | {"published"}
-    assert text.count("<details>") == text.count("</details>")
-    # what a user's own command prints is what the page shows
-    [accuracy, *_] = tables.full_tables(read_records(ROOT / "docs/results/emoji-3d.jsonl"))
-    assert accuracy[2] in text
+@pytest.mark.parametrize("page", document.documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_are_what_the_command_writes(page):
+    text = page.read_text()
+    assert document.with_tables(text, page.parent) == text, "run: python -m report.document"
+    assert text.count("<!-- end -->") == len(document.MARK.findall(text))
+    assert all(picture.exists() for picture in document.pictures(page))
 
 
-def test_the_page_follows_its_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(document, "ROOT", tmp_path)
-    page = "# A\n<!-- tables: a.jsonl -->\nold\n<!-- end of tables -->\ntext\n"
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results with one run "a", for the documents."""
+    monkeypatch.setattr(document, "RESULTS", tmp_path)
+    monkeypatch.setattr(document, "documents", lambda: [tmp_path / "a" / "README.md"])
+    (tmp_path / "a").mkdir()
+    return tmp_path
+
+
+def test_a_page_follows_its_rows(results):
+    page = "# A\n<!-- tables -->\nold\n<!-- end -->\ntext\n"
     records = scores("ldfs", {"photo": [12.5]}) + [measured("captions", "captions", {"CLIP score": 31.0})]
-    write_records(records, tmp_path / "a.jsonl")
-    page = document.with_tables(page)
+    write_records(records, results / "a/rows.jsonl")
+    page = document.with_tables(page, results / "a")
     assert "| ldfs | 12.5 |" in page and "old" not in page and page.endswith("\ntext\n")
-    assert "<details><summary>Captions, in per cent, 1 seed</summary>\n\n| method | CLIP score |" in page
-    write_records(scores("ldfs", {"photo": [37.5]}), tmp_path / "a.jsonl")
-    assert "| ldfs | 37.5 |" in document.with_tables(page) and "12.5" not in document.with_tables(page)
+    assert "Captions, in per cent, 1 seed:\n\n| method | CLIP score |" in page
+    write_records(scores("ldfs", {"photo": [37.5]}), results / "a/rows.jsonl")
+    page = document.with_tables(page, results / "a")
+    assert "| ldfs | 37.5 |" in page and "12.5" not in page
+
+
+def test_a_short_table_has_the_listed_rows_and_columns(results, capsys):
+    values = {"photo": [60.0, 62.0], "OOD mean": [50.0, 50.0], "photo ece": [5.0, 7.0]}
+    records = scores("zero-shot", values) + scores("flyp", values, "both towers", options={"lr": 0.1})
+    write_records([*records, *scores("arf", values, "both towers")], results / "a/rows.jsonl")
+    page = document.with_tables("<!-- table a: zero-shot; a: flyp lr=0.1 -->\n<!-- end -->", results)
+    assert parsed(page) == [
+        {"method": "`zero-shot`", "trained": "nothing", "ID": "61.0 ± 1.4", "OOD mean": "50.0 ± 0.0"},
+        {"method": "`flyp lr=0.1`", "trained": "both towers", "ID": "61.0 ± 1.4", "OOD mean": "50.0 ± 0.0"},
+    ]
+    page = document.with_tables("<!-- table\ncolumns: photo ece\na: arf\n-->\n<!-- end -->", results)
+    assert parsed(page) == [{"method": "`arf`", "trained": "both towers", "photo ece": "6.0 ± 1.4"}]
+    with pytest.raises(SystemExit):
+        document.with_tables("<!-- table a: dive -->\n<!-- end -->", results)
+    assert "docs/results/a has no row 'dive'. It has: zero-shot, flyp lr=0.1, arf." in capsys.readouterr().err
+
+
+def test_output_is_what_the_terminal_shows_of_the_first_seeds(results):
+    records = [r for m in ("finetune", "lads", "ldfs") for r in scores(m, {"photo": [1.0, 2.0, 9.0], "OOD mean": [5.0, 6.0, 9.0]})]
+    write_records(records, results / "a/rows.jsonl")
+    page = document.with_tables("<!-- output seeds: 2; a: finetune, ldfs -->\n<!-- end -->", results)
+    shown = terminal_table([r for r in records if r["method"] != "lads" and r["seed"] < 2])
+    assert [line[4:] for line in page.splitlines()[1:-1]] == shown.splitlines()[2:]
+
+
+@pytest.mark.parametrize("ldfs, lads, verdict, difference", [
+    ([6, 8, 7], [5.5, 7.5, 4.5], "reproduced", "+1.2 ± 1.2, 3 of 3 seeds"),
+    ([6, 5, 7], [6, 5, 7], "not reproduced", "+0.0 ± 0.0, 0 of 3 seeds"),
+    ([9, 5, 7], [6, 5, 7], "not reproduced", "+1.0 ± 1.7, 1 of 3 seeds"),
+    ([4, 4, 4], [6, 5, 7], "the opposite", "-2.0 ± 1.0, 0 of 3 seeds"),
+])
+def test_the_verdict_of_a_claim_follows_from_its_rows(results, ldfs, lads, verdict, difference):
+    head = "| claim | verdict | difference | of |\n| --- | --- | --- | --- |\n"
+    for kind, values in (("OOD mean", None), ("unique neighbours", 1)):
+        records = scores("lads", {"OOD mean": lads}) + scores("ldfs", {"OOD mean": ldfs})
+        if values:
+            records = scores("lads", {"photo": [1.0]})
+            for method, of_seeds in (("lads", lads), ("ldfs", ldfs)):
+                for seed, value in enumerate(of_seeds):
+                    for domain, shift in (("sketch", 1), ("cartoon", -1)):
+                        of = {"unique neighbours": value + shift}
+                        records.append(measured("synthesis", method, of, seed, domain=domain))
+        write_records(records, results / "a/rows.jsonl")
+        row = f"| LDFS is better | old | | [a](a/README.md) {kind}: `ldfs` less `lads` |"
+        page = document.with_tables(f"<!-- claims -->\n{head}{row}\n<!-- end -->", results)
+        [cells] = parsed(page)
+        assert (cells["verdict"], cells["difference"]) == (verdict, difference)
+        assert document.with_tables(page, results) == page
+
+
+def test_adding_a_run_replaces_its_rows_and_pictures(results, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["document.py", *map(str, arguments)])
+        document.main()
+
+    run_folder, page = tmp_path / "runs" / "a", results / "a" / "README.md"
+    save(scores("ldfs", {"photo": [12.5]}), run_folder / "scores" / "a.json")
+    (run_folder / "figure5.png").write_bytes(b"a picture")
+    run("--add", run_folder, "a")
+    assert page.read_text().startswith("# a\n\n<!-- tables -->\n\nd, source photo") and "| 12.5 |" in page.read_text()
+    assert not (results / "a/figure5.png").exists()
+    page.write_text("![Pairs](figure5.png) ![Between](curve.png)\n" + page.read_text())
+    save(between_the_weights(), run_folder / "scores" / "b.json")
+    run("--add", run_folder, "a")
+    assert (results / "a/figure5.png").read_bytes() == b"a picture"
+    with Image.open(results / "a/curve.png") as picture:
+        assert picture.width > 200
+    assert "| flyp α=0.5 |" in page.read_text()
+    for arguments in (["--add", "a"], ["--add", run_folder, "docs/a"]):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert "--add takes run folders and a name" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------
@@ -443,6 +523,17 @@ def lines_of(axis):
     return {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
 
 
+def test_a_method_has_the_same_style_everywhere():
+    """The same in each run of the program, none twice in the table; options only change the marker."""
+    assert len({*figures.STYLES.values()}) == len(figures.STYLES)
+    assert {color for color, _ in figures.STYLES.values()} <= {*figures.COLOURS}
+    assert figures.style("unheard of") == figures.style("unheard of")
+    assert figures.style("new+ldfs")[0] in figures.COLOURS and figures.style("new+ldfs")[1] in figures.MARKERS
+    for label in ("ldfs:sigma=0", "ldfs init=text"):
+        color, marker = figures.style(label)
+        assert color == figures.style("ldfs")[0] and marker in figures.MARKERS
+
+
 def between_the_weights(**fields):
     records = []
     for method, alpha, shift in (("zero-shot", 1.0, 0), ("flyp", 1.0, 4), ("flyp", 0.5, 2), ("arf", 1.0, 8)):
@@ -458,8 +549,11 @@ def test_the_curve_runs_from_zero_shot_along_alpha(drawn):
     figures.draw_curve(records, "curve.png")
     [axis] = drawn[0].axes
     lines = lines_of(axis)
-    assert lines["flyp"] == [[51, 61], [49, 63], [47, 65]] and lines["zero-shot (α = 0)"] == [[51, 61]]
-    assert lines["arf"] == [[51, 61], [53, 62], [43, 69]] and "finetune" not in lines
+    assert lines["flyp"] == [[47, 65]] and lines["arf"] == [[43, 69]]
+    assert lines["zero-shot (α = 0)"] == [[51, 61]] and "finetune" not in lines
+    curves = [line.get_xydata().tolist() for line in axis.lines if len(line.get_xydata()) > 1]
+    assert curves == [[[51, 61], [53, 62], [43, 69]], [[51, 61], [49, 63], [47, 65]]]
+    assert len(axis.containers) == 3  # error bars of flyp at α = 0.5 and 1, of arf at 1
 
 
 def test_no_curve_without_weights_in_between_or_another_domain(drawn, capsys):
@@ -479,9 +573,13 @@ def test_accuracy_against_a_setting(drawn, setting, values):
         records += between_the_weights(schedule=schedule, options=options)
     figures.draw_against(setting, newest(records), "rates.png")
     of_id, of_ood = drawn[0].axes
-    lines = lines_of(of_ood)
+    lines = {
+        label: [[round(x), y] for x, y in points] for label, points in lines_of(of_ood).items()
+    }
     assert lines["flyp"] == [[0, 47], [1, 47]] and lines["flyp α=0.5"] == [[0, 49], [1, 49]]
-    assert lines["arf"] == [[0, 43], [1, 43]]
+    assert lines["arf"] == [[0, 43], [1, 43]] and len(of_ood.containers) == 6  # error bars
+    colours = {line.get_label(): (line.get_color(), line.get_marker()) for line in of_ood.lines}
+    assert colours["flyp"] == colours["flyp α=0.5"] == figures.STYLES["flyp"]
     ticks = [tick.get_text() for tick in of_ood.get_xticklabels()]
     assert ticks == (["4", "all"] if setting == "shots" else [f"{v:g}" for v in sorted(values)])
     assert of_id.get_ylabel().startswith("ID") and "arf α=0.5" not in lines_of(of_id)
@@ -495,6 +593,7 @@ def test_arrows_go_from_a_strategy_to_the_same_with_synthesised_features(drawn):
     figures.draw_strategies(records, "arrows.png")
     [axis] = drawn[0].axes
     assert [(text.xyann, text.xy) for text in axis.texts] == [((3, 4), (5, 6)), ((3, 4), (7, 8))]
+    assert axis.lines[1].get_color() == figures.STYLES["coop"][0]
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert names == ["zero-shot", "coop", "with lads's features", "with ldfs's features"]
 
@@ -538,8 +637,8 @@ class Square:
 def test_pictures_are_written_and_change_with_what_they_show(tmp_path):
     def draw(color, caption, lost, loss):
         image = Square(color)
-        rows = [("source", [(image, False)] * 2), ("ldfs\nsketch", [(image, lost), (image, False)])]
-        figures.draw_figure4(tmp_path / "figure4.png", rows)
+        rows = [("photo", [(image, False)] * 2), ("ldfs", [(image, lost), (image, False)])]
+        figures.draw_figure4(tmp_path / "figure4.png", {"sketch": rows, "Real World": rows})
         columns = [(image, "a long " * 30, None), (image, "a cat", (0.5, image, caption))]
         figures.draw_figure5(tmp_path / "figure5.png", columns)
         figures.draw_styles(tmp_path / "styles.png", {"photo": torch.rand(3, 3, 8, 8), "sketch": torch.ones(3, 3, 8, 8)})
@@ -551,11 +650,11 @@ def test_pictures_are_written_and_change_with_what_they_show(tmp_path):
         return {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
 
     first = draw("green", "a drawing of a cat", True, 1.0)
-    assert len(first) == 5
+    assert len(first) == 6 and {"figure4-sketch.png", "figure4-Real_World.png"} <= first.keys()
     second = draw("green", "a $drawing$ of a $5 cat", False, 2.0)
     changed = {name for name in first if first[name] != second[name]}
-    assert changed >= {"figure4.png", "figure5.png", "losses.png"} and "curve.png" not in changed
-    assert draw("red", "a $drawing$ of a $5 cat", False, 2.0)["figure4.png"] != second["figure4.png"]
+    assert changed >= {"figure4-sketch.png", "figure5.png", "losses.png"} and "curve.png" not in changed
+    assert draw("red", "a $drawing$ of a $5 cat", False, 2.0)["figure4-sketch.png"] != second["figure4-sketch.png"]
 
 
 @pytest.mark.parametrize("caption", ["costs $5 and $6", r"a $\bad{ $ one", "_^$"])
@@ -614,8 +713,9 @@ def test_figure_4_measures_each_domain_by_its_own_images_and_mappers(known_featu
     assert values["ldfs", "sketch", 1]["class consistency"] == 0
     assert values["ldfs", "cartoon", 0]["domain consistency"] == 0
     assert values["not mapped", "sketch", 0]["domain consistency"] == 0
-    assert [label for label, _ in picture] == ["source", "ldfs\nsketch", "ldfs\ncartoon"]
-    source, sketches, _ = (images for _, images in picture)
+    assert [*picture] == ["sketch", "cartoon"]
+    assert all([label for label, _ in rows] == ["photo", "ldfs"] for rows in picture.values())
+    source, sketches = (images for _, images in picture["sketch"])
     shown = known_features.split("photo", "photo", "test", 0)
     assert len(source) == 9 and {at for at, _ in source} == {at for at, _ in shown}
     label_of = dict(known_features.images["photo"] + known_features.images["sketch"])
@@ -627,14 +727,16 @@ def test_the_picture_frames_lost_classes(known_features, tmp_path, monkeypatch):
     synthesisers = {"sketch": lambda z: z.roll(4, 1), "cartoon": lambda z: z.roll(6, 1)}
     monkeypatch.setattr(quality, "load_synthesisers", lambda *of: synthesisers)
     _, picture = quality.synthesis_records(settings_of(tmp_path, "ldfs"), known_features, SimpleNamespace(device="cpu"))
-    lost = {label: {lost for _, lost in images} for label, images in picture}
-    assert lost["ldfs\ncartoon"] == {False} and lost["source"] == {False}
-    assert True in lost["ldfs\nsketch"]
+    def frames(domain, row):
+        return {lost for _, lost in picture[domain][row][1]}
+
+    assert frames("cartoon", 1) == frames("cartoon", 0) == frames("sketch", 0) == {False}
+    assert True in frames("sketch", 1)
 
 
 def test_nothing_is_measured_without_synthesised_features_or_captions(known_features, tmp_path):
     settings = settings_of(tmp_path, "finetune", "flyp")
-    assert quality.synthesis_records(settings, known_features, None) == ([], [])
+    assert quality.synthesis_records(settings, known_features, None) == ([], {})
     assert quality.caption_records(settings, known_features, None) == []
 
 

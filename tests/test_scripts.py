@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from core.config import parse
 from core.results import read_records
 
 
@@ -25,7 +26,7 @@ def test_run_ldfs_end_to_end(script, tiny_data, tiny_clip, tmp_path):
         assert f"| {method} |" in full and f"\n{method} " in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith(("zero-shot ", "ldfs "))]
     assert len(rows) >= 2 and max(map(len, rows)) <= 100
-    for picture in ("figure4.png", "losses.png"):
+    for picture in ("figure4-sketch.png", "losses.png"):
         assert (run / picture).stat().st_size > 1000
 
     accuracies = [r for r in read_records(run) if r["kind"] == "accuracy"]
@@ -103,7 +104,7 @@ def test_a_target_known_by_words_only(script, tiny_data, tiny_clip, tmp_path):
     assert values["sketch"] is None and values["OOD mean"] == values["cartoon"] is not None
     assert {r["domain"] for r in records if r["kind"] == "synthesis"} == {"cartoon"}
     table = (tmp_path / "run/table.md").read_text()
-    assert "| not run |" in table and (tmp_path / "run/figure4.png").exists()
+    assert "| not run |" in table and (tmp_path / "run/figure4-cartoon.png").exists()
 
 
 def test_a_data_set_of_one_domain(script, tiny_data, tiny_clip, tmp_path):
@@ -150,7 +151,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning(script, tiny_data, tiny_clip
     monkeypatch.setattr("report.figures.draw_losses", broken)
     done = script("run_ldfs.sh", *flags)
     assert "warning: broken: no figure was drawn (ValueError: Expected end of text)" in done.stderr
-    assert "\nldfs " in done.stdout and (tmp_path / "run/figure4.png").exists()
+    assert "\nldfs " in done.stdout and (tmp_path / "run/figure4-cartoon.png").exists()
 
 
 def test_each_stage_runs_alone_and_makes_what_it_needs(script, tiny_data, tiny_clip, tmp_path):
@@ -209,3 +210,43 @@ def test_as_their_users_start_them(name, arguments, code, tiny_data, tmp_path):
     )
     assert done.returncode == code and len(done.stderr.splitlines()) == (code > 0), done.stderr
     assert "no domain 'foto'" in done.stderr if code else "--ablate" in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------
+# --help
+
+HELP = {  # {script: some flags that it uses, some that it does not use}
+    ("anchors.py", "caption"): ("--captioner --beams", "--run --model --methods --k --lr --alphas"),
+    ("anchors.py", "retrieve"): ("--pool --k --same --model --run", "--captioner --methods --lr --alphas"),
+    ("mapper.py",): ("--mapper-steps --methods --captioner --shots", "--train --k --pool --lr --alphas"),
+    ("finetune.py",): ("--lr --lock-text --k --captioner --mapper-steps --train", "--alphas"),
+    ("evaluate.py",): ("--alphas --lr --k --captioner --mapper-steps", "--out"),
+    ("run.py",): ("--alphas --lr --k --captioner --mapper-steps", "--out"),
+    ("export.py",): ("--alpha", "--data --run --model"),
+    ("benchmark/__main__.py",): ("--batch-size --threads --out", "--data --lr"),
+    ("sets/load.py",): ("--data", "--run --model"),
+    ("report/tables.py",): ("--full", "--data --run"),
+    ("report/figures.py",): ("", "--data --run"),
+    ("report/document.py",): ("--add", "--data --run"),
+    ("report/synthetic.py",): ("--run", "--data"),
+}
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_help_shows_the_flags_that_a_script_uses_each_with_its_default(script, words):
+    used, unused = (set(flags.split()) for flags in HELP[words])
+    text = script(*words, "--help").stdout
+    shown = {flag for flag in re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.M)}
+    assert used | {"--debug", "--help"} <= shown and not unused & shown
+    for entry in re.split(r"^  (?=-)", text, flags=re.M)[1:]:
+        entry = re.split(r"\n\n", entry)[0]  # the next group starts
+        assert entry.startswith("-h") or re.search(r"\(default", " ".join(entry.split())), entry
+    if "captions (anchors.py caption):" in text:
+        assert "data and run:" in text  # flags are grouped
+
+
+def test_every_stage_takes_the_flags_of_all(script):
+    """The run scripts pass the same flags to each; those that a stage does not use are not refused."""
+    hidden = parse("", ["tiny", "--alphas", "0.5", "--lr", "0.1"], "caption")
+    assert hidden == parse("", ["tiny", "--alphas", "0.5", "--lr", "0.1"])
+    assert "anchors.py caption --help" in script("anchors.py", "--help").stdout

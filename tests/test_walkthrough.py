@@ -104,9 +104,10 @@ def test_it_runs(walk, tiny_data, tiny_clip, tiny_pool, tmp_path, capsys):
     assert "def ldfs_losses(" in printed and "def arf_losses(" in printed
     pictures = {path.name for path in (tmp_path / "run").glob("*.png") if path.stat().st_size > 1000}
     assert pictures == {
-        "mapper_losses.png", "neighbours.png", "figure5.png", "losses.png", "curve.png", "figure4.png",
+        "mapper_losses.png", "neighbours.png", "figure5.png", "losses.png", "curve.png",
+        "figure4-sketch.png", "figure4-cartoon.png",
     }
-    assert len(displayed) == 2 + len(pictures)  # two tables
+    assert len(displayed) == 2 + len(pictures) - 1  # two tables; of one target no figure 4
 
 
 def test_it_runs_without_a_pool_or_pictures_of_it(walk, tiny_data, tiny_clip, tmp_path):
