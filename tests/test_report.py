@@ -383,6 +383,25 @@ def test_published_numbers_are_in_the_full_tables_of_their_data_sets():
     assert all(len(row) == len(entry["columns"]) for entry in tables.PUBLISHED for row in entry["rows"])
 
 
+def test_published_means_are_those_of_their_columns():
+    """To rounding; and a table of means alone agrees with the tables by set where it has the same paper's rows."""
+    by_set = {}
+    for entry in tables.PUBLISHED:
+        columns = entry["columns"]
+        if columns[-1] not in ("OOD mean", "unseen mean") or "from" in columns:
+            continue
+        first = columns.index("ID (imagenet)") + 1 if "ID (imagenet)" in columns else 1
+        for label, *cells in entry["rows"]:
+            numbers = [float(cell.strip("*")) for cell in cells]
+            assert sum(numbers[first - 1:-1]) / (len(columns) - first - 1) == pytest.approx(numbers[-1], abs=0.051), label
+            by_set[columns[-1], label] = cells[-1]
+    assert len(by_set) == 11
+    [rivals] = [entry for entry in tables.PUBLISHED if "from" in entry["columns"]]
+    means = {row[0]: row for row in rivals["rows"]}
+    for label in ("arf", "dive"):
+        assert means[label][-2:] == [by_set["OOD mean", label], by_set["unseen mean", label]]
+
+
 def test_the_command_prints_short_and_full_tables(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["tables.py", *map(str, arguments)])
