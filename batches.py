@@ -148,7 +148,7 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
         texts = draw_captions(epoch)
         locations = [location for location, _ in items]
         order = [rows.tolist() for rows in order]
-        pool = pair_batches(epoch) if method.retrieved else None
+        pool = pair_batches(epoch) if method.needs_pairs else None
         images_of = augmented(locations, order, "images", seed, epoch)
         for whole_batch, (images, rows) in zip(order, images_of):
             batch = Batch(labels[whole_batch].to(clip.device), images=images)
@@ -156,7 +156,7 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
                 batch.prompts = tokens[template[rows], labels[rows]]
             if method.captions:
                 batch.captions = clip.tokenizer([texts[row] for row in rows.tolist()])
-            if method.retrieved:
+            if method.needs_pairs:
                 batch.pool_images, batch.pool_texts = next(pool)
                 batch.n_pairs = schedule.batch_size
             yield batch

@@ -9,10 +9,11 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import unicodedata
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -133,6 +134,7 @@ class Meta:
     captioner: str | None = None  # the default of --captioner
     pool: str | None = None       # folder of image-text pairs to retrieve from, beside the set's
     k: int = 1                    # number of pairs to retrieve for each query
+    lambda_dive: int | float = 1000  # weight of DiVE's losses
     unseen: str | None = None     # data set of other classes in the same domains, beside this one
     schedules: dict = field(default_factory=dict)  # {"full": {"lr": 3e-4}}, overrides of SCHEDULES
     counts: dict = field(default_factory=dict)     # {domain: published number of images}
@@ -175,6 +177,7 @@ class Meta:
             "templates have to be lists of texts, each with one {}",
         )
         require(self.k >= 1, "k is below 1")
+        require(0 <= self.lambda_dive < math.inf, "lambda_dive is not a number from 0 up")
         names = ", ".join(TRAINED)
         require(self.schedules.keys() <= TRAINED.keys(), f"schedules are of {names}")
 
@@ -194,6 +197,7 @@ class Dataset:
     heads: dict = field(default_factory=dict, repr=False)  # {domain: own (classnames, templates)}
     absent: dict = field(default_factory=dict)  # {domain that is not on this disk: how to get it}
     shots: int | None = None          # limit on the training images of a class; None: all
+    new: "Dataset | None" = field(default=None, repr=False)  # its other classes: see base_to_new
 
     def styles(self, source):
         """Return the domains whose phrase differs from the source's: the targets of mappers."""
@@ -256,6 +260,35 @@ class Dataset:
         if not self.meta.same_stem_same_thing:
             return location.path
         return os.path.splitext(os.path.basename(image_key(location.path)))[0]
+
+
+def base_to_new(dataset):
+    """Return the Dataset of the base classes, the first ⌈C/2⌉; its `new` has the other classes.
+
+    All is trained and tested among the base classes, and `new` shows what that does to others. The
+    images are split as in the whole data set. Exits with status 2 if it has less than four classes.
+    Source: CoCoOp (arXiv 2203.05557), section 4.1.
+    CHOICE: a domain with classes of its own, such as ImageNet-A, is left out; alternative: divide
+    them by their names, which ObjectNet's do not allow.
+    """
+    count = len(dataset.classes)
+    if count < 4:
+        fail(f"--base-to-new: {dataset.name} has {count} classes. It takes four, two in each half.")
+    reason = "it has classes of its own, which --base-to-new does not divide"
+
+    def part(first, end):
+        images = {
+            domain: [(at, y - first) for at, y in items if first <= y < end]
+            for domain, items in dataset.images.items() if domain not in dataset.heads
+        }
+        return replace(
+            dataset, images=images, heads={}, classes=dataset.classes[first:end],
+            classnames=dataset.classnames[first:end],
+            absent={**dataset.absent, **dict.fromkeys(dataset.heads, reason)},
+        )
+
+    half = (count + 1) // 2
+    return replace(part(0, half), new=part(half, count))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ Scores are stored in runs/…/scores/; what is stored is not measured again.
 ID is accuracy on held-out images of the source, OOD on each unseen domain; OOD mean is their mean
 over domains, and extended the mean of ID and OOD mean (LADS's measure). Unseen is accuracy among
 classes that finetuning never saw, in a domain: zero-shot ability; unseen mean is its mean over
-domains. Accuracy is top-1, over images, in per cent.
+domains. With --base-to-new these are the second half of the data set's classes, and H is the
+harmonic mean of both accuracies in a domain. Accuracy is top-1, over images, in per cent. ECE, the
+expected calibration error, is of the same predictions, in per cent.
 """
 
 import contextlib
@@ -36,20 +38,45 @@ from strategies.clipstyler import style_pictures, style_records
 from strategies.prompts import PROMPTS
 
 # -------------------------------------------------------------------------------------------------
-# Accuracy
+# Accuracy and calibration
 
 
-def accuracy(z, labels, head):
-    """Return top-1 accuracy, in per cent, of features z (N, d) and labels (N,).
-
-    head: (weight (C, d), bias (C,) or None), or a function from features to logits (N, C).
-    """
-    logits = head(z) if callable(head) else F.linear(z, *head)
+def accuracy(logits, labels):
+    """Return top-1 accuracy, in per cent, of logits (N, C) and labels (N,)."""
     return 100 * logits.argmax(1).eq(labels).float().mean().item()
 
 
+def ece(logits, labels, bins=15):
+    """Return the expected calibration error, in per cent, of logits (N, C) and labels (N,).
+
+    It is Σ_b |B_b| / N · |accuracy(B_b) − confidence(B_b)|, where B_b are the images whose
+    confidence, the softmax of the predicted class, is in ((b − 1) / 15, b / 15].
+    Source: Guo et al. 2017 (arXiv 1706.04599), equation 3.
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)                                # (N,)
+    excess = predicted.eq(labels).double() - confidence
+    rows = (bins * confidence).ceil().long() - 1
+    sums = torch.zeros(bins, dtype=excess.dtype).index_add(0, rows, excess)   # |B_b| (acc − conf)
+    return 100 * sums.abs().sum().item() / len(labels)
+
+
+def measure_items(dataset, domain, items, features_of, head):
+    """Return (accuracy, ECE, number of images), (None, None, 0) without images or a head.
+
+    head: (weight (C, d), bias (C,) or None), or a function from features to logits (N, C). Logits
+    are those of training, with their temperature.
+    """
+    if head is None or not items:
+        return None, None, 0
+    labels = torch.tensor([label for _, label in items])
+    z = features_of(dataset, domain, items)
+    logits = head(z) if callable(head) else F.linear(z, *head)
+    return accuracy(logits, labels), ece(logits, labels), len(items)
+
+
 def domain_accuracies(dataset, source, seed, features_of, head_of):
-    """Return {"values": {domain: accuracy}, "n": {domain: images}, "validation": accuracy or None}.
+    """Return {"values": {domain: accuracy}, "ece": {domain: ECE}, "n": {domain: images},
+    "validation": accuracy or None}.
 
     Domains are the source's test part and every target, and the means "OOD mean" and "extended".
     features_of(dataset, domain, items) gives features (N, d), head_of(domain) the head, or None if
@@ -59,48 +86,68 @@ def domain_accuracies(dataset, source, seed, features_of, head_of):
     score one of these, because its rivals' mean would be over other domains; alternative: no mean
     unless all domains are there.
     """
-    values, n, comparable, validation = {}, {}, True, None
+    values, errors, n, comparable = {}, {}, {}, True
 
     def measure(domain, part):
         items = dataset.split(source, domain, part, seed)
-        head = head_of(domain)
-        if head is None or not items:
-            return None, 0
-        labels = torch.tensor([label for _, label in items])
-        return accuracy(features_of(dataset, domain, items), labels, head), len(items)
+        return measure_items(dataset, domain, items, features_of, head_of(domain))
 
     validation = measure(source, "val")[0]  # None if a small data set leaves no image for it
     targets = [domain for domain in dataset.meta.phrases if domain != source]
     for domain in [source, *targets]:
         available = domain not in dataset.absent
-        values[domain], n[domain] = measure(domain, "test") if available else (None, 0)
+        measured = measure(domain, "test") if available else (None, None, 0)
+        values[domain], errors[domain], n[domain] = measured
         if available and values[domain] is None:
             comparable = False
-    measured = [values[domain] for domain in targets if values[domain] is not None]
-    ood = statistics.mean(measured) if measured and comparable else None
-    values["OOD mean"] = ood
+    for scores in (values, errors):
+        scores["OOD mean"] = mean_of(scores[domain] for domain in targets) if comparable else None
+    ood = values["OOD mean"]
     values["extended"] = None if ood is None else (values[source] + ood) / 2
     n["OOD mean"] = n["extended"] = sum(n[domain] for domain in targets)
-    return {"values": values, "n": n, "validation": validation}
+    return {"values": values, "ece": errors, "n": n, "validation": validation}
 
 
-def unseen_accuracies(dataset, features_of, head_of):
-    """Return ({name: accuracy}, {name: images}) on a data set of unseen classes.
+def mean_of(scores):
+    """Return the mean of the scores that are not None; None if there is none."""
+    measured = [score for score in scores if score is not None]
+    return statistics.mean(measured) if measured else None
 
-    Names are "unseen DOMAIN" and "unseen mean", the mean over the domains on this disk.
+
+def unseen_accuracies(dataset, images, features_of, head_of):
+    """Return {"values": {name: accuracy}, "ece": {name: ECE}, "n": {name: images}} on a data set of
+    unseen classes.
+
+    images: {domain: items of the data set}, which are tested. Names are "unseen DOMAIN" and "unseen
+    mean", the mean over the domains that are on this disk.
     """
-    values, n = dict.fromkeys(dataset.absent), dict.fromkeys(dataset.absent, 0)
-    for domain, items in dataset.images.items():
-        labels = torch.tensor([label for _, label in items])
-        values[domain] = accuracy(features_of(dataset, domain, items), labels, head_of(domain))
-        n[domain] = len(items)
-    measured = [value for value in values.values() if value is not None]
-    values["mean"], n["mean"] = statistics.mean(measured) if measured else None, sum(n.values())
-    return {f"unseen {k}": v for k, v in values.items()}, {f"unseen {k}": v for k, v in n.items()}
+    measured = dict.fromkeys(dataset.absent, (None, None, 0))
+    for domain, items in images.items():
+        measured[domain] = measure_items(dataset, domain, items, features_of, head_of(domain))
+    values, errors, n = ([*column] for column in zip(*measured.values()))
+    names = [f"unseen {name}" for name in (*measured, "mean")]
+    return {
+        "values": dict(zip(names, [*values, mean_of(values)])),
+        "ece": dict(zip(names, [*errors, mean_of(errors)])),
+        "n": dict(zip(names, [*n, sum(n)])),
+    }
+
+
+def harmonic_means(values):
+    """Return {"H DOMAIN": harmonic mean of the accuracies on base and new classes, "H mean": its
+    mean over domains}; None where one of them was not measured.
+
+    values: of `domain_accuracies` and `unseen_accuracies` together.
+    """
+    pairs = {d: (values[d], values[f"unseen {d}"]) for d in values if f"unseen {d}" in values}
+    mean = statistics.harmonic_mean
+    means = {d: None if None in pair else mean(pair) for d, pair in pairs.items()}
+    means["mean"] = mean_of(means.values())
+    return {f"H {domain}": value for domain, value in means.items()}
 
 
 def head_function(clip, dataset, source, trained=None):
-    """Return head_of(domain), depending on `trained`.
+    """Return head_of(domain), depending on `trained`. Its logits have the temperature of training.
 
     Of a head (weight, bias) it gives the rows of the classes in that domain; of a prompt learner's
     `classifier` its head of their names; of None the text tower's zero-shot head at that moment.
@@ -112,7 +159,7 @@ def head_function(clip, dataset, source, trained=None):
     def head_of(domain):
         classnames, templates = data.prompt_templates(dataset, source, domain)
         if trained is None:
-            return zero_shot_head(clip, classnames, templates), None
+            return clip.logit_scale * zero_shot_head(clip, classnames, templates), None
         if callable(trained):
             return trained(classnames)
         return restrict_head(trained, dataset.classnames, classnames) if domain else trained
@@ -185,7 +232,9 @@ def encode_test_images(settings, dataset, clip):
 
 
 def test_inputs(settings, dataset, unseen):
-    """Return all of the test sets that decides a score: images, prompts, and how they are split."""
+    """Return all of the test sets that decides a score: images, prompts, how they are split, and
+    what is measured on them.
+    """
     test_sets = [tested for tested in (dataset, unseen) if tested]
     prompts = [
         template(name)
@@ -196,7 +245,7 @@ def test_inputs(settings, dataset, unseen):
     images = [stamps(items) for tested in test_sets for items in tested.images.values()]
     official = sorted(path for paths in dataset.official.values() for path in paths)
     meta = dataset.meta
-    return digest(images, prompts, meta.fractions, meta.same_stem_same_thing, official)
+    return digest("ECE", images, prompts, meta.fractions, meta.same_stem_same_thing, official)
 
 
 def names_unseen_classes(settings):
@@ -261,7 +310,7 @@ def method_records(settings, dataset, unseen, clip, name, seed, test_key):
 
 
 def measure(settings, dataset, unseen, clip, seed, features_of, trained):
-    """Return {"values", "n", "validation"} on the data set, and on unseen classes unless None.
+    """Return {"values", "ece", "n", "validation"} of the data set, and of unseen classes if any.
 
     trained: as in `head_function`.
     """
@@ -270,9 +319,13 @@ def measure(settings, dataset, unseen, clip, seed, features_of, trained):
     if unseen:
         open_head = trained if callable(trained) else None
         head_of = head_function(clip, unseen, settings.source, open_head)
-        values, n = unseen_accuracies(unseen, features_of, head_of)
-        scores["values"] |= values
-        scores["n"] |= n
+        images = unseen.images
+        if unseen is dataset.new:  # the images that are comparable with those of the base classes
+            images = {d: unseen.split(settings.source, d, "test", seed) for d in images}
+        for name, values in unseen_accuracies(unseen, images, features_of, head_of).items():
+            scores[name] |= values
+        if unseen is dataset.new:
+            scores["values"] |= harmonic_means(scores["values"])
     return scores
 
 
@@ -296,7 +349,8 @@ def finetuned(settings, dataset, clip, method, modules, alpha):
         if towers := towers_of(modules):
             clip.model.load_state_dict(towers)
         if "head.weight" in modules:
-            head = modules["head.weight"], modules.get("head.bias")
+            scale = 1 if "head.bias" in modules else clip.logit_scale  # see original_modules
+            head = scale * modules["head.weight"], modules.get("head.bias")
         if method.train in PROMPTS:
             phrase = dataset.meta.phrases[settings.source]
             learner = PROMPTS[method.train](clip, dataset.classnames, phrase)
@@ -337,7 +391,7 @@ def report(settings, dataset, clip, records):
         *synthesis, *quality.caption_records(settings, dataset, clip),
     ]
     methods = settings.methods.values()
-    if any(method.retrieved for method in methods):
+    if any(method.needs_pairs for method in methods):
         measures += anchors.pair_records(settings, dataset, clip)
     save(measures, artifact_path(run / "scores", "measures", (measures,), ".json"))
     print(tables.terminal_table([*records, *measures]))

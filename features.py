@@ -351,7 +351,8 @@ def cached_features(clip, dataset, domain, items, folder):
 
     The domain is encoded once and stored in `folder`; then its features stay in memory.
     """
-    everything, memory = dataset.images[domain], (dataset.name, domain)
+    everything = dataset.images[domain]
+    memory = dataset.name, domain, *dataset.classes[:1]  # base and new classes have the same name
     if memory not in clip.cache or clip.cache[memory][0] is not everything:
         name = f"{dataset.name}-{domain}".replace(" ", "_")
         path = artifact_path(folder, name, features_key(clip, everything))

@@ -1,4 +1,4 @@
-"""Finetune CLIP on the source domain: LDFS's step 2, FLYP and ARF. Their losses, and the loop.
+"""Finetune CLIP on the source domain: LDFS's step 2, FLYP, ARF, DiVE. Their losses, and the loop.
 
     python finetune.py pacs photo --methods finetune lads ldfs                        # linear heads
     python finetune.py pacs photo --paper arf --methods finetune flyp arf arf+ldfs    # towers
@@ -35,13 +35,15 @@ from core.distributed import (
 from core.methods import FROZEN_TOWERS, option_matters
 from core.utils import fail, is_out_of_memory
 from features import cached_features, load_clip, zero_shot_head
-from losses import clip_contrastive
+from losses import average_vector, clip_contrastive, pairwise_vector
 from mapper import describe_run, load_mappers, mapper_path
 from sets.load import load_run
 from strategies.base import LinearProbe
 from strategies.clipstyler import load_styled_features, style_path
 from strategies.prompts import PROMPTS
 from strategies.towers import BothTowers, CLIPood, FullFinetuning
+
+LAMBDAS = ("lambda_cap", "lambda_ret", "lambda_dive")  # settings that weigh terms of a loss
 
 # -------------------------------------------------------------------------------------------------
 # The papers' losses
@@ -80,9 +82,10 @@ def original_and_synthesised(strategy, batch):
     return z, {domain: mapper(z) for domain, mapper in strategy.mappers.items()}
 
 
-def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0):
+def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0, retrieved=True):
     """Return the terms of L = L_cl + λ_cap L_cap + λ_ret L_ret, ARF, by name; L_cl alone is FLYP.
 
+    retrieved: False if the batch's pairs are for `dive_losses` alone.
     Source: ARF, figure 2; FLYP (arXiv 2212.00638).
     CHOICE: λ_cap = λ_ret = 1; alternative: --lambda-cap, --lambda-ret.
     CHOICE: a synthesised feature is contrasted with the prompts in the source's words, as in LDFS's
@@ -93,10 +96,9 @@ def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0):
     def l_con(image, text, n):  # of the n pairs of all ranks
         return clip_contrastive(all_gather_with_grad(image, n), all_gather_with_grad(text, n), s)
 
-    z, z_ret = encode_concat(clip.encode_image, batch.images, batch.pool_images)            # (b, d)
-    t, t_cap, t_ret = encode_concat(
-        clip.encode_text, batch.prompts, batch.captions, batch.pool_texts
-    )
+    pool = (batch.pool_images, batch.pool_texts) if retrieved else (None, None)
+    z, z_ret = encode_concat(clip.encode_image, batch.images, pool[0])                      # (b, d)
+    t, t_cap, t_ret = encode_concat(clip.encode_text, batch.prompts, batch.captions, pool[1])
     losses = {"L_cl": l_con(z, t, n)}                                                         # FLYP
     if t_cap is not None:                                                                     # TCAG
         losses["L_cap"] = lambda_cap * l_con(z, t_cap, n)
@@ -105,6 +107,31 @@ def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0):
     for domain, mapper in (mappers or {}).items():                        # LDFS's ẑ^k, of arf+ldfs
         losses[f"L_cl {domain}"] = l_con(mapper(z), t, n)
     return losses
+
+
+def dive_losses(strategy, batch, preserve="dive", lambda_dive=1000.0):
+    """Return the terms λ L_avl and λ L_pvl that DiVE adds to L_cl, by name; of SnD, λ mean ‖u‖².
+
+    They take the retrieved pairs of ARF. Source: DiVE (arXiv 2511.09973), see `average_vector`.
+    CHOICE: m ← 0.99 m + 0.01 · mean of u and v, with equal weights, and without a gradient through
+    m; alternative: weights by modality.
+    CHOICE: pairs like the source's images; alternative: random pairs of the pool.
+    CHOICE: λ = 1000, as published for all its data sets, unless a data set's description has one
+    chosen on the source's validation part; alternative: --lambda-dive.
+    """
+    clip, pretrained, n = strategy.clip, strategy.pretrained, batch.n_pairs
+    with torch.no_grad():
+        z_0 = pretrained.encode_image(batch.pool_images)                                    # (b, d)
+        t_0 = pretrained.encode_text(batch.pool_texts)
+    u = all_gather_with_grad(clip.encode_image(batch.pool_images) - z_0, n)                 # (B, d)
+    if preserve == "snd":
+        return {"L_snd": lambda_dive * u.square().sum(-1).mean()}
+    v = all_gather_with_grad(clip.encode_text(batch.pool_texts) - t_0, n)
+    m = strategy.mean_vector.lerp_(torch.cat([u, v]).detach().mean(0), 0.01)                  # (d,)
+    return {
+        "L_avl": lambda_dive * average_vector(u, v, m),
+        "L_pvl": lambda_dive * pairwise_vector(u, v),
+    }
 
 
 def encode_concat(encode, *parts):
@@ -118,7 +145,8 @@ def encode_concat(encode, *parts):
 # The loop
 
 
-def train(strategy, method, batches, steps_per_epoch, schedule, partial, lambdas=(1.0, 1.0)):
+def train(strategy, method, batches, steps_per_epoch, schedule, partial, lambda_cap=1.0,
+          lambda_ret=1.0, lambda_dive=1000.0):
     """Train a Strategy and return its history: [{each loss term's mean, "lr": …} of an epoch].
 
     batches: function epoch -> iterator of Batch. partial: path of the state after each epoch, from
@@ -139,7 +167,11 @@ def train(strategy, method, batches, steps_per_epoch, schedule, partial, lambdas
         sums = 0
         for step, batch in enumerate(batches(epoch), epoch * steps_per_epoch):
             if method.contrastive:
-                losses = arf_losses(strategy.clip, batch, strategy.mappers, *lambdas)
+                losses = arf_losses(
+                    strategy.clip, batch, strategy.mappers, lambda_cap, lambda_ret, method.retrieved
+                )
+                if method.preserve:
+                    losses |= dive_losses(strategy, batch, method.preserve, lambda_dive)
             else:
                 losses = ldfs_losses(strategy, batch)
             loss = sum(losses.values())
@@ -233,7 +265,7 @@ def checkpoint_path(settings, dataset, clip, name, seed, method=None, init=None)
         [template(name) for template in templates for name in classnames],
         data.class_texts(dataset, source), dataset.meta.phrases[source],
     ]
-    for option in ("unlocked_groups", "lock_text", "lambda_cap", "lambda_ret"):
+    for option in ("unlocked_groups", "lock_text", *LAMBDAS):
         if option_matters(option, method):
             inputs.append((option, getattr(settings, option)))
     if option_matters("init", method):
@@ -242,7 +274,7 @@ def checkpoint_path(settings, dataset, clip, name, seed, method=None, init=None)
         anchors.caption_source(settings, dataset)
     if method.captions:
         inputs.append(data.all_captions(dataset, items))
-    if method.retrieved:
+    if method.needs_pairs:
         pairs = anchors.pairs_of(settings, dataset, clip, items)
         texts = [text for _, text in pairs]
         inputs += [stamps([(at, 0) for at, _ in pairs]), texts]
@@ -303,9 +335,11 @@ def finetune(settings, dataset, clip, name, seed, method=None, init=None):
             fail(f"{name}: --unlocked-groups and --lock-text leave nothing of it to train.")
         schedule = settings.schedules[method.train]
         steps_per_epoch = math.ceil(len(items) / schedule.batch_size)
-        lambdas = settings.lambda_cap, settings.lambda_ret
+        lambdas = {name: getattr(settings, name) for name in LAMBDAS}
         try:
-            history = train(strategy, method, batches, steps_per_epoch, schedule, partial, lambdas)
+            history = train(
+                strategy, method, batches, steps_per_epoch, schedule, partial, **lambdas
+            )
         except FloatingPointError as error:
             fail(f"{name}, seed {seed}: {error}. Try a lower --lr; finished runs are kept.")
         if rank_and_world()[0] == 0:
@@ -326,7 +360,7 @@ def prepare(settings, dataset, clip, name, seed, method, init, items):
     if method.recipe:
         mappers = load_synthesisers(settings, dataset, clip, method.recipe, seed, items)
     captions = data.all_captions(dataset, items) if method.captions else ()
-    pairs = anchors.pairs_of(settings, dataset, clip, items) if method.retrieved else ()
+    pairs = anchors.pairs_of(settings, dataset, clip, items) if method.needs_pairs else ()
     z_all = None
     if method.train in FROZEN_TOWERS:  # z, ẑ^1 … ẑ^K stay the same, so they are computed once
         z = cached_features(clip, dataset, source, items, settings.cache).to(clip.device)
@@ -357,7 +391,8 @@ def prepare(settings, dataset, clip, name, seed, method, init, items):
     else:
         tokens = clip.tokenizer(data.class_texts(dataset, source))                          # (C, L)
         locks = settings.unlocked_groups, settings.lock_text
-        strategy = BothTowers(clip, tokens, mappers, *locks)
+        d = class_text.shape[1] if method.preserve else None
+        strategy = BothTowers(clip, tokens, mappers, *locks, d=d)
     batches = training_batches(
         clip, dataset, source, items, schedule, seed, method, z_all, captions, pairs
     )

@@ -1,14 +1,14 @@
-"""The losses of LDFS (arXiv 2405.02586) and ARF (arXiv 2404.06244), each a pure function that can
-be pasted alone.
+"""The losses of LDFS (arXiv 2405.02586), ARF (arXiv 2404.06244) and DiVE (arXiv 2511.09973), each a
+pure function that can be pasted alone.
 
 Paste a function together with the two imports below; nothing else is needed. Everything is a batch
 of B rows of L2-normalised CLIP features of length d, in float32 or float64, outside autocast
 (in bfloat16 numbers near 100 are half a unit apart); every loss is a mean over the batch, with
 finite values and gradients for all finite input.
 
-The equations are this project's reconstruction in the papers' letters: neither paper's equations
-could be had, nor is there public code. What the papers do not say is marked as a choice, with its
-alternative.
+The equations are this project's reconstruction in the papers' letters: none of the papers'
+equations could be had, nor is there public code. What the papers do not say is marked as a choice,
+with its alternative.
 """
 
 import torch
@@ -99,3 +99,25 @@ def clip_contrastive(image, text, logit_scale):
     image_to_text = F.cross_entropy(logit_scale * image @ text.T, targets)
     text_to_image = F.cross_entropy(logit_scale * text @ image.T, targets)
     return (image_to_text + text_to_image) / 2
+
+
+def average_vector(u, v, m):
+    """L_avl = mean_j ( ‖u_j − m‖² + ‖v_j − m‖² ), DiVE's average vector loss.
+
+    u, v: (B, d) difference vectors of image-text pairs, the finetuned feature minus the pretrained
+    one: u_j = f(x_j) − f_0(x_j), v_j = g(t_j) − g_0(t_j). m: (d,) their average over training. If
+    all vectors are equal, the pretrained features are only shifted, and their geometry stays.
+    Returns a scalar, 0 where all vectors equal m.
+    Source: DiVE; its abstract states the idea, a third party's summary of the paper the equation.
+    CHOICE: features of unit norm, as in all other losses; alternative: the towers' raw output.
+    """
+    return ((u - m).square().sum(-1) + (v - m).square().sum(-1)).mean()
+
+
+def pairwise_vector(u, v):
+    """L_pvl = mean_j ‖u_j − v_j‖², DiVE's pairwise vector loss: a pair's image and text move alike.
+
+    u, v: (B, d) difference vectors, as in `average_vector`. Returns a scalar.
+    Source: as for `average_vector`.
+    """
+    return (u - v).square().sum(-1).mean()

@@ -28,7 +28,7 @@ def main():
         print(anchors.caption_summary(settings, dataset))
     clip = load_clip(settings)
     print(mapper.describe_run(settings, dataset, clip.device))
-    if any(method.retrieved for method in settings.methods.values()):
+    if any(method.needs_pairs for method in settings.methods.values()):
         anchors.retrieve_pairs(settings, dataset, clip)      # runs/…/pairs/
     evaluate.encode_test_images(settings, dataset, clip)     # an unreadable one is named early
     mapper.train_all(settings, dataset, clip)                # LDFS, step 1: runs/…/mappers/

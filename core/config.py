@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class Schedule:
 # maple: coop's batch and lr, because the 5 epochs of 4 at 3.5e-3 of its public code are for SGD;
 # 10 epochs, as each step goes through both towers. full, lpft, towers: the 10 epochs and lr 1e-5
 # that FLYP uses with OpenAI's ViT-B/16, at a smaller batch, and WiSE-FT's clipping at 1 for its
-# baseline. clipood: the lr of its public code. Warm-up is a share of the steps; FLYP and WiSE-FT
+# baseline. clipood: the lr of its public code, and no warm-up: its average weighs the first steps
+# most. Warm-up of the others is a share of the steps; FLYP and WiSE-FT
 # take 500 steps. Alternative: a data set's own "schedules"; --epochs, --batch-size, --lr, chosen
 # on the validation part.
 SCHEDULES = {
@@ -62,7 +64,7 @@ SCHEDULES = {
     "maple": Schedule(epochs=10, batch_size=32, lr=2e-3, weight_decay=0.0),
     "full": Schedule(epochs=10, batch_size=64, lr=1e-5, max_norm=1.0),
     "lpft": Schedule(epochs=10, batch_size=64, lr=1e-5, max_norm=1.0),
-    "clipood": Schedule(epochs=10, batch_size=64, lr=5e-6),
+    "clipood": Schedule(epochs=10, batch_size=64, lr=5e-6, warmup=0.0),
     "towers": Schedule(epochs=10, batch_size=64, lr=1e-5),
 }
 
@@ -144,7 +146,8 @@ def make_parser(doc="", stage=None):
     add("--data", default="data", type=text,
         help="folder that contains the data set's folder (default: data)")
     add("--run", type=text,
-        help="folder of checkpoints and scores (default: runs/DATASET-SOURCE)", stages=ENCODES)
+        help="folder of checkpoints and scores (default: runs/DATASET-SOURCE[-base-to-new])",
+        stages=ENCODES)
     add("--captions", type=text, stages=MAKES_CAPTIONS,
         help="JSON lines of path, caption (default: the data set's captions.jsonl)")
     add("--model", type=text, stages=ENCODES,
@@ -164,6 +167,9 @@ def make_parser(doc="", stage=None):
         "arf: full); flyp and arf train both towers")
     add("--seeds", type=count, help="seeds 0 … N-1: split, start, order (default: 3; arf: 1)")
     add("--shots", type=count, help="training images of each class (default: all)")
+    add("--base-to-new", action="store_true",
+        help="train on the first half of the classes; the others are the unseen ones (CoOp's "
+        "protocol; default: off)")
 
     add = group("captions (anchors.py caption)", MAKES_CAPTIONS)
     add("--captioner", type=text,
@@ -201,6 +207,8 @@ def make_parser(doc="", stage=None):
     add("--lr", type=positive, help="peak learning rate (default: SCHEDULES)")
     add("--lambda-cap", type=weight, default=1.0, help="weight of ARF's caption loss (default: 1)")
     add("--lambda-ret", type=weight, default=1.0, help="weight of its loss on pairs (default: 1)")
+    add("--lambda-dive", type=weight,
+        help="weight of dive's and snd's losses (default: the data set's, else 1000)")
 
     add = group("evaluate.py", ("evaluate",))
     add("--alphas", nargs="*", type=share,
@@ -222,7 +230,7 @@ def parse(doc, argv=None, stage=None):
 
 OPTIONS = (  # flags that tables show where they are not as usual
     "shots", "init", "unlocked_groups", "lock_text", "mapper_steps", "captions", "lambda_cap",
-    "lambda_ret", "query", "same", "k",
+    "lambda_ret", "lambda_dive", "query", "same", "k",
 )
 
 
@@ -247,7 +255,7 @@ class Settings(argparse.Namespace):
             f.name: getattr(schedule, f.name) for f in fields(Schedule)
             if getattr(schedule, f.name) != getattr(usual, f.name)
         }
-        defaults = {**vars(make_parser().parse_args(["any"])), "k": self.usual_k}
+        defaults = {**vars(make_parser().parse_args(["any"])), **self.usual}
         for name in OPTIONS:
             value = getattr(self, name)
             if value != defaults[name] and option_matters(name, method):
@@ -271,13 +279,18 @@ def resolve(args, dataset):
         )
     usual = usual_schedules(dataset)
     flags = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr") if getattr(args, k)}
+    half = "base-to-new" if args.base_to_new else ""  # its accuracies are in tables of their own
+    folder = "-".join(filter(None, (args.dataset, source.replace(" ", "_"), half)))
     resolved = {
+        "dataset": f"{args.dataset} {half}".strip(),
         "source": source, "data": Path(args.data), "methods": methods, "train": train,
-        "run": Path(args.run or f"runs/{args.dataset}-{source.replace(' ', '_')}"),
+        "run": Path(args.run or f"runs/{folder}"),
         "model": args.model or meta.model or DEFAULT_MODEL,
         "captioner": args.captioner or meta.captioner or "Salesforce/blip2-opt-2.7b",
         "replace_captions": args.captioner is not None,
-        "k": args.k or meta.k, "usual_k": meta.k,
+        "k": args.k or meta.k,
+        "lambda_dive": meta.lambda_dive if args.lambda_dive is None else args.lambda_dive,
+        "usual": {"k": meta.k, "lambda_dive": meta.lambda_dive},
         "seeds": args.seeds or defaults["seeds"],
         "alphas": tuple(defaults["alphas"] if args.alphas is None else args.alphas),
         "schedules": {name: replace(schedule, **flags) for name, schedule in usual.items()},
@@ -333,6 +346,10 @@ def describe(settings, dataset, device, mapper_schedules=()):
     targets = [d for d in dataset.meta.phrases if d != source]
     sizes = {d: len(dataset.split(source, d, "test", 0)) for d in targets if d in dataset.images}
     lines.append(("targets", ", ".join(f"{d} {sizes.get(d, 'no images')}" for d in targets)))
+    if dataset.new:
+        names = (", ".join(part.classnames) for part in (dataset, dataset.new))
+        base, new = (textwrap.shorten(text, 60, placeholder=" …") for text in names)
+        lines.append(("classes", f"{len(dataset.classes)}: {base}; new: {new}"))
     lines.append(("run", f"{settings.run}, seeds 0 … {settings.seeds - 1}"))
     lines += mapper_schedules
     names_of = {}  # {train: names of methods}
@@ -350,10 +367,10 @@ def describe(settings, dataset, device, mapper_schedules=()):
         }
         words = [f"{k} {v:g}{origin[k]}" for k, v in schedule.items() if v is not None]
         lines.append((f"train {TRAINED[train]}", f"{' '.join(names)}: {', '.join(words)}"))
-    defaults = make_parser().parse_args(["any"])
+    defaults = {**vars(make_parser().parse_args(["any"])), **settings.usual}
     flags = {
         name: getattr(settings, name) for name in (*OPTIONS, "micro_batch")
-        if name != "k" and getattr(settings, name) != getattr(defaults, name)
+        if getattr(settings, name) != defaults[name]
     }
     if flags:
         words = [f"--{name.replace('_', '-')} {value}" for name, value in flags.items()]

@@ -7,6 +7,8 @@
     lpft                  the image tower, finetuned from a trained linear probe
     flyp                  CLIP's contrastive loss on class prompts instead; trains both towers
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
+    dive, snd             FLYP, and the retrieved pairs' features stay close to the pretrained ones
+    dive+captions, arf+dive                       … and on ARF's anchors
     coop, cocoop, maple   a prompt; a prompt shifted by each image; deep prompts in both towers
     clipood               the image tower, by a margin softmax, its weights averaged
     coop+ldfs, clipood+lads, arf+ldfs             … and on LDFS's or LADS's features
@@ -58,6 +60,10 @@ RECIPES = {
     "clipstyler": Recipe(direction="domain", sigma=0.0, pair=0.0, cls=0.0, loss="clipstyler"),
 }
 
+# Losses that preserve the features of the retrieved pairs: DiVE's two, or SnD's, the special case
+# in which images' features do not move at all.
+PRESERVE = ("dive", "snd")
+
 # What each strategy trains.
 TRAINED = {
     "linear": "head",                   # on features of the frozen image tower
@@ -81,6 +87,11 @@ class Method:
     captions: bool = False     # ARF's text-compensated anchors
     retrieved: bool = False    # ARF's image-text anchors
     recipe: str | None = None  # synthesised features: the name of a Recipe
+    preserve: str | None = None  # of PRESERVE: losses on how the pairs' features move
+
+    @property
+    def needs_pairs(self):
+        return self.retrieved or self.preserve is not None
 
     @property
     def needs_captions(self):
@@ -127,7 +138,8 @@ def parse_method(text, train="linear"):
     train: what "finetune" and a recipe alone ("ldfs") train, a key of TRAINED.
     """
     first, *rest = text.split("+")
-    names = ["finetune", "flyp", "arf", "captions", "retrieved", *TRAINED, *RECIPES]
+    anchors = ("captions", "retrieved", *PRESERVE)
+    names = ["finetune", "flyp", "arf", *anchors, *TRAINED, *RECIPES]
     for name in (part.partition(":")[0] for part in (first, *rest)):
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1)
@@ -135,13 +147,17 @@ def parse_method(text, train="linear"):
             fail(f"--methods {text}: unknown {name!r}.{hint} Known: {', '.join(names)}.")
     if first == "arf":
         first, rest = "flyp", ["captions", "retrieved", *rest]
+    if first in PRESERVE:
+        first, rest = "flyp", [first, *rest]
     if first not in ("finetune", "flyp", *TRAINED):  # a recipe alone means "finetune" with it
         first, rest = "finetune", [first, *rest]
-    recipes = [part for part in rest if part not in ("captions", "retrieved")]
-    if len(recipes) > 1 or (first != "flyp" and len(recipes) < len(rest)):
+    recipes = [part for part in rest if part not in anchors]
+    preserve = [part for part in PRESERVE if part in rest]
+    several = len(recipes) > 1 or len(preserve) > 1
+    if several or (first != "flyp" and len(recipes) < len(rest)):
         fail(
-            f"--methods {text}: captions and retrieved go with flyp, and one recipe at most with "
-            "anything: flyp+captions, arf+ldfs."
+            f"--methods {text}: {', '.join(anchors)} go with flyp, and one recipe at most with "
+            "anything: flyp+captions, arf+ldfs. dive and snd exclude each other."
         )
     for recipe in recipes:
         parse_recipe(recipe)
@@ -151,7 +167,11 @@ def parse_method(text, train="linear"):
             f"--methods {text}: CLIPstyler's images are encoded once, and no mapper follows a "
             f"tower that is trained. Combine it with --train {', '.join(FROZEN_TOWERS)}."
         )
-    return Method(strategy, first == "flyp", "captions" in rest, "retrieved" in rest, *recipes)
+    return Method(
+        strategy, contrastive=first == "flyp", captions="captions" in rest,
+        retrieved="retrieved" in rest, recipe=next(iter(recipes), None),
+        preserve=next(iter(preserve), None),
+    )
 
 
 def option_matters(option, method):
@@ -161,10 +181,11 @@ def option_matters(option, method):
         "captioner": method.needs_captions,
         "lambda_cap": method.captions,
         "lambda_ret": method.retrieved,
-        "pool": method.retrieved,
-        "k": method.retrieved,
-        "query": method.retrieved,
-        "same": method.retrieved,
+        "lambda_dive": method.preserve is not None,
+        "pool": method.needs_pairs,
+        "k": method.needs_pairs,
+        "query": method.needs_pairs,
+        "same": method.needs_pairs,
         "mapper_steps": method.recipe is not None,
         "init": method.train in ("linear", "full", "lpft"),
         "unlocked_groups": method.train in ("full", "lpft", "clipood", "towers"),

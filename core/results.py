@@ -7,11 +7,13 @@ all of them share:
     {"kind": "accuracy", "dataset": "emoji", "source": "3d", "model": "local-dir:emoji/clip",
      "method": "arf", "trained": "both towers", "seed": 0, "alpha": 1.0,
      "schedule": {"epochs": 5, …}, "options": {"lambda_cap": 0.5},
-     "values": {"3d": 76.1, "flat": 74.7, …, "OOD mean": 69.4}, "n": {"3d": 332, …}}
+     "values": {"3d": 76.1, "flat": 74.7, …, "OOD mean": 69.4}, "n": {"3d": 332, …},
+     "ece": {"3d": 9.7, …, "OOD mean": 14.2}}
 
 kind: "accuracy" (values by domain, and their means; None: not run), "synthesis" and "mapper"
 (measures of synthesised features, "domain" is the target), "captions", "pairs". trained is "" for
-zero-shot. options are the settings that matter to the method and differ from the defaults.
+zero-shot. "ece" is missing in older records. options are the settings that matter to the method
+and differ from the defaults.
 """
 
 import json
@@ -27,16 +29,20 @@ IDENTITY = (
 )
 
 
-def record(settings, kind, method, seed, values, n, **fields):
+def record(settings, kind, method, seed, values, n, ece=None, **fields):
     """Return a record. Values are rounded to 6 digits because float32 has no more.
 
     fields: what differs from DEFAULTS, and a "domain" or "validation" accuracy.
     """
-    rounded = {k: None if v is None else round(v, 6) for k, v in values.items()}
+    def rounded(values):
+        return {k: None if v is None else round(v, 6) for k, v in values.items()}
+
+    if ece:
+        fields["ece"] = rounded(ece)
     return {
         "kind": kind,
         "dataset": settings.dataset, "source": settings.source, "model": settings.model,
-        **DEFAULTS, "method": method, "seed": seed, "values": rounded, "n": n, **fields,
+        **DEFAULTS, "method": method, "seed": seed, "values": rounded(values), "n": n, **fields,
     }
 
 
@@ -47,7 +53,7 @@ def newest(records):
         identity = json.dumps([r.get(name) for name in IDENTITY], sort_keys=True)
         if r["method"] == "zero-shot" and identity in last:  # unseen classes, of an earlier run
             earlier = last[identity]
-            r = {**r, "values": earlier["values"] | r["values"], "n": earlier["n"] | r["n"]}
+            r = {**r, **{k: earlier.get(k, {}) | r.get(k, {}) for k in ("values", "n", "ece")}}
         last[identity] = r
     return [*last.values()]
 

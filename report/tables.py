@@ -17,7 +17,7 @@ from core.results import read_records
 
 WIDTH = 100
 MEANS = ("ID", "OOD mean", "unseen mean")
-SHORT = {"OOD mean": "OOD", "unseen mean": "unseen"}
+SHORT = {"OOD mean": "OOD", "unseen mean": "unseen", "H mean": "H"}
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 MEASURES = {
     "synthesis": "Synthesised features and the real images nearest to them, in per cent",
@@ -89,10 +89,13 @@ def row_of(record):
 
 
 def rows_of(records):
-    """Return {Row: {seed: values}} of records of accuracy. The source's value is also "ID"."""
+    """Return {Row: {seed: values}} of records of accuracy. The source's value is also "ID", and the
+    ECE of each is "ECE ID" and so on.
+    """
     rows = {}
     for r in records:
-        values = {"ID": r["values"].get(r["source"]), **r["values"]}
+        values, errors = ({"ID": v.get(r["source"]), **v} for v in (r["values"], r.get("ece", {})))
+        values |= {f"ECE {key}": value for key, value in errors.items()}
         rows.setdefault(row_of(r), {})[r["seed"]] = values
     return rows
 
@@ -178,7 +181,7 @@ def cells_of(rows, shown, compared, with_trained=False, raw=()):
     """Return a line of cells for each row: label, means, differences; of keys in `raw` each seed.
     """
     lines = []
-    means = {*MEANS[1:], "extended"}  # without a domain there is no mean in any row
+    means = {*MEANS[1:], "extended", "H mean"}  # without a domain there is no mean in any row
     empty = {key for key in means if not any(values_of(seeds, key) for seeds in rows.values())}
     for label, (row, seeds) in zip(labels_of(rows, with_trained), rows.items()):
         cells = [label, *[row.trained] * with_trained]
@@ -256,7 +259,8 @@ def short_table(records):
     """
     rows = rows_of(records)
     compared = comparisons(rows)
-    shown = ["ID", *(key for key in MEANS[1:] if any(key in r["values"] for r in records))]
+    means = (*MEANS[1:], "H mean")  # H is of ID and unseen, so it is not compared in its own right
+    shown = ["ID", *(key for key in means if any(key in r["values"] for r in records))]
     with_flyp = any(method == "flyp" for *_, method in compared)
     optional = [c for c in compared if with_flyp and c[2] != "flyp"]
     optional += [c for c in compared if c[0] == "ID"]
@@ -276,8 +280,11 @@ def full_table(records):
     compared = comparisons(rows)
     keys = [*dict.fromkeys(key for r in records for key in r["values"])]
     means = [key for key in MEANS[1:] if key in keys]
-    # Of unseen classes in this data set's own domains, the mean is enough.
-    shown = [key for key in keys if key.removeprefix("unseen ") not in {*keys} - {key}]
+    # Of unseen classes in this data set's own domains, and of H, the mean is enough.
+    by_domain = {f"{prefix} {key}" for prefix in ("unseen", "H") for key in keys}
+    shown = [key for key in keys if key not in by_domain]
+    errors = [f"ECE {key}" for key in MEANS]
+    shown += [key for key in errors if any(values_of(seeds, key) for seeds in rows.values())]
     heads = ["method", *["trained"] * several]
     heads += [f"ID ({key})" if key == source else key for key in shown]
     headings = [f"{SHORT.get(key, key)} {heading}" for key, heading, _ in compared]

@@ -10,7 +10,7 @@ from data import Meta
 
 # A dataset.json may not name commands to run, nor what only ImageNet has.
 OWN_KEYS = {f.name for f in fields(Meta)} - {"made_by", "pool_made_by", "shifted", "zero_shot"}
-MEANS = {"OOD mean", "extended", "unseen mean"}  # columns of the tables, beside the domains
+MEANS = {"OOD mean", "extended", "unseen mean", "H mean"}  # columns beside the domains
 
 
 def read_meta(name, root="data"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from core.config import Parser, resolve
 from core.distributed import require_one_process
 from core.utils import fail, run_command, warn
-from data import Dataset, Meta
+from data import Dataset, Meta, base_to_new
 from sets.describe import read_meta
 from sets.folders import read_domains, read_imagenet
 from sets.hub import fetch, fetch_cc3m
@@ -19,6 +19,8 @@ from sets.webdataset import read_webdatasets
 def load_run(args):
     """Return (Settings, Dataset) of a command line that core.config.parse has parsed."""
     dataset = load_dataset(args.dataset, args.data, args.captions, args.shots)
+    if args.base_to_new:
+        dataset = base_to_new(dataset)
     settings = resolve(args, dataset)
     unseen = load_unseen(dataset)  # now, because a problem should not be found after the training
     if unseen and settings.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
@@ -52,8 +54,11 @@ def load_dataset(name, root="data", captions=None, shots=None):
 def load_unseen(dataset):
     """Return the Dataset of other classes that measures zero-shot ability, None if there is none.
 
-    ImageNet's are its `zero_shot` sets, each a domain; another's is the one it names as `unseen`.
+    With --base-to-new it is the rest of its own classes. Otherwise ImageNet's are its `zero_shot`
+    sets, each a domain; another's is the one it names as `unseen`.
     """
+    if dataset.new:
+        return dataset.new
     root, meta = dataset.folder.parent, dataset.meta
     if meta.zero_shot:
         images, heads, absent = read_webdatasets(root, meta.zero_shot)

@@ -1,6 +1,8 @@
 """Strategies that train the image tower, or both towers."""
 
+import copy
 import math
+from dataclasses import replace
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -98,10 +100,15 @@ class BothTowers(Strategy):
 
     FLYP and ARF train the same parameters by contrastive losses, which do not use the head.
     class_tokens: (C, L), one prompt of each class. lock_text: only the image tower is trained.
+    d: width of the features if DiVE's or SnD's losses compare them with those of frozen towers.
     """
 
-    def __init__(self, clip, class_tokens, mappers=None, unlocked_groups=None, lock_text=False):
+    def __init__(self, clip, class_tokens, mappers=None, unlocked_groups=None, lock_text=False,
+                 d=None):
         super().__init__(clip, mappers)
+        if d is not None:
+            self.pretrained = replace(clip, model=copy.deepcopy(clip.model).requires_grad_(False))
+            self.register_buffer("mean_vector", torch.zeros(d, device=clip.device))  # DiVE's m
         self.towers, self.class_tokens = clip.model, class_tokens
         self.towers.requires_grad_(not lock_text)  # the logit scale counts as the text tower's
         unlock_image_tower(self.towers, unlocked_groups)

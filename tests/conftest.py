@@ -44,6 +44,26 @@ def tiny_data(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.fixture
+def five_classes(tiny_data):
+    """The folder of `tiny_data`, whose tiny has five classes: cat, cow, dog, owl, red_house.
+
+    Cows are cats' images and owls are dogs', in other colours.
+    """
+    folder = tiny_data / "tiny"
+    captions = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    for new, like in (("cow", "cat"), ("owl", "dog")):
+        for domain in DOMAINS:
+            (folder / domain / new).mkdir()
+            for path in (folder / domain / like).glob("*.png"):
+                swapped = Image.merge("RGB", Image.open(path).split()[::-1])
+                swapped.save(folder / domain / new / path.name)
+                row = {"path": f"{domain}/{new}/{path.name}", "caption": f"a {new} {path.stem}"}
+                captions.append(row)
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    return tiny_data
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """"local-dir:" name of an open_clip model of random weights: 16 px, 12 tokens, 32 numbers."""

@@ -530,6 +530,17 @@ def test_test_images_and_duplicates_are_left_out(retrieve, tiny_data, tiny_pool,
     assert record["kind"] == "pairs" and record["values"] == content["counts"] and record["n"] == 44
 
 
+def test_new_classes_are_test_images_of_the_pool_too(five_classes, retrieve, tiny_pool):
+    """With --base-to-new their images are left out, and retrieve nothing."""
+    photo = (five_classes / "tiny" / "photo" / "owl" / "3.png").read_bytes()
+    write_shard(tiny_pool / "00002.tar", {"owl.png": photo, "owl.txt": b"a leak"})
+    content, *_ = retrieve("--k", 41, "--base-to-new")
+    assert "a leak" not in [pair["text"] for pair in content["pairs"]]
+    assert content["counts"]["also a test image"] == 1
+    queries = {query for pair in content["pairs"] for query in pair["queries"]}
+    assert {query.split("/")[1] for query in queries} == {"cat", "cow", "dog"}
+
+
 def test_a_pool_of_test_images_is_refused(retrieve, tiny_data, tmp_path, capsys):
     photo = (tiny_data / "tiny" / "photo" / "dog" / "3.png").read_bytes()
     write_shard(tmp_path / "leaks" / "00000.tar", {"a.png": photo, "a.txt": b"a leak"})

@@ -48,12 +48,13 @@ def test_zero_is_an_end_point():
 
 
 def test_options_are_the_changed_settings_that_matter_to_a_method(settings):
-    flags = ["--lambda-cap", "0.5", "--lr", "0.25", "--k", "3", "--shots", "4", "--mapper-steps", "7", "--beams", "2"]
+    flags = ["--lambda-cap", "0.5", "--lr", "0.25", "--k", "3", "--shots", "4", "--mapper-steps", "7", "--beams", "2", "--lambda-dive", "5"]
     changed, _ = settings(*flags)
     always = {"lr": 0.25, "shots": 4}
     for name, options in {
         "finetune": {}, "ldfs": {"mapper_steps": 7}, "flyp": {}, "flyp+captions": {"lambda_cap": 0.5},
         "flyp+retrieved": {"k": 3}, "arf": {"lambda_cap": 0.5, "k": 3}, "coop": {},
+        "dive": {"k": 3, "lambda_dive": 5}, "snd+captions": {"lambda_cap": 0.5, "k": 3, "lambda_dive": 5},
     }.items():
         assert changed.options(parse_method(name)) == always | options
     usual, _ = settings()

@@ -1,5 +1,6 @@
 """data.py, sets/, features.py: images, splits, prompts, captions, bad input, and cached features."""
 
+import dataclasses
 import io
 import json
 import os
@@ -107,6 +108,45 @@ def test_nothing_trained_on_is_in_a_test_part_of_any_style(tiny_data):
     dataset = load_dataset("tiny", tiny_data)
     assert not things("sketch", "test") & (things("photo", "train") | things("photo", "val"))
     assert {f"dog/{i + 20}.png" for i in range(4)} <= things("sketch", "test")
+
+
+@pytest.mark.parametrize("same_stem", [False, True])
+def test_base_and_new_classes_share_the_split_of_the_data_set(five_classes, same_stem):
+    """Oracle: the class folders in the paths of the undivided data set's parts."""
+    change(five_classes, same_stem_same_thing=same_stem)
+    undivided = load_dataset("tiny", five_classes)
+    base = data.base_to_new(undivided)
+    assert base.classes == ["cat", "cow", "dog"] and base.new.classes == ["owl", "red_house"]
+    assert base.classnames == ["cat", "cow", "dog"] and base.new.classnames == ["owl", "red house"]
+    for part in ("train", "val", "test"):
+        for domain in ("photo", "sketch"):
+            expected = paths(undivided.split("photo", domain, part, 3))
+            for half in (base, base.new):
+                items = half.split("photo", domain, part, 3)
+                assert paths(items) == [p for p in expected if p.split("/")[1] in half.classes]
+                assert [half.classes[y] for _, y in items] == [p.split("/")[1] for p in paths(items)]
+    assert data.class_texts(base.new, "sketch") == ["a sketch of an owl", "a sketch of a red house"]
+    assert load_unseen(base) is base.new and undivided.new is None
+
+
+def test_base_to_new_takes_four_classes_and_leaves_out_domains_with_their_own(five_classes, capsys):
+    dataset = load_dataset("tiny", five_classes)
+    own = dataclasses.replace(dataset, heads={"cartoon": (["fox"], [])})
+    for part in (data.base_to_new(own), data.base_to_new(own).new):
+        assert part.images.keys() == {"photo", "sketch"} and not part.heads
+        assert "classes of its own" in part.absent["cartoon"]
+    few = dataclasses.replace(dataset, classes=dataset.classes[:3])
+    assert "tiny has 3 classes" in refusal(capsys, lambda: data.base_to_new(few))
+
+
+def test_a_run_from_base_to_new_is_apart_from_others(five_classes, tmp_path, monkeypatch):
+    """Its folder, its tables, and its unseen classes, whatever the description names."""
+    change(five_classes, unseen="nothing")
+    monkeypatch.chdir(tmp_path)
+    settings, dataset = load_run(parse("", ["tiny", "--data", str(five_classes), "--base-to-new"]))
+    assert str(settings.run) == "runs/tiny-photo-base-to-new" and settings.dataset == "tiny base-to-new"
+    assert load_unseen(dataset).classes == ["owl", "red_house"]
+    assert "classes     3: cat, cow, dog; new: owl, red house\n" in describe(settings, dataset, "cpu")
 
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

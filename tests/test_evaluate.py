@@ -41,6 +41,8 @@ def test_accuracies_and_their_means(tiny_data):
     }
     assert scores["n"] == {"photo": 9, "sketch": 30, "cartoon": 30, "OOD mean": 60, "extended": 60}
     assert scores["validation"] == THIRD
+    wrong = 200 / 3 * 0.5761 - 100 / 3 * (1 - 0.5761)  # e / (e + 2) = 0.5761: too confident by this
+    assert scores["ece"] == pytest.approx({"photo": 42.39, "sketch": wrong, "cartoon": wrong, "OOD mean": wrong}, abs=0.01)
 
 
 def test_the_ood_mean_is_over_domains_not_images(tiny_data):
@@ -76,11 +78,47 @@ def test_unseen_classes_and_their_mean(tiny_data):
     def features_of(one, domain, items):
         return torch.eye(3)[[label * (domain != "sketch") for _, label in items]]
 
-    values, n = evaluate.unseen_accuracies(dataset, features_of, identity_head)
-    assert values == {
+    scores = evaluate.unseen_accuracies(dataset, dataset.images, features_of, identity_head)
+    assert scores["ece"].keys() == scores["n"].keys() == scores["values"].keys()
+    errors = scores["ece"]
+    assert errors["unseen photo"] == pytest.approx(42.39, abs=0.01)
+    assert errors["unseen mean"] == pytest.approx(sum(errors[f"unseen {d}"] for d in dataset.images) / 3)
+    assert scores["values"] == {
         "unseen photo": 100, "unseen sketch": THIRD, "unseen cartoon": 100, "unseen mean": pytest.approx(700 / 9),
     }
-    assert n["unseen mean"] == 90
+    assert scores["n"]["unseen mean"] == 90
+
+
+def slow_ece(logits, labels):
+    """Guo et al., equation 3, bin by bin and image by image."""
+    total = 0.0
+    for b in range(15):
+        inside = []
+        for row, label in zip(logits.double(), labels):
+            confidence = (row.exp() / row.exp().sum()).max().item()
+            if b / 15 < confidence <= (b + 1) / 15:
+                inside.append((float(row.argmax() == label), confidence))
+        if inside:
+            accuracy = sum(hit for hit, _ in inside) / len(inside)
+            confidence = sum(confidence for _, confidence in inside) / len(inside)
+            total += len(inside) / len(labels) * abs(accuracy - confidence)
+    return 100 * total
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 3, 10])
+def test_the_calibration_error_is_that_of_a_slow_loop(scale):
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(200, 5, generator=generator)
+    labels = torch.randint(5, (200,), generator=generator)
+    assert evaluate.ece(logits, labels) == pytest.approx(slow_ece(logits, labels), abs=1e-9)
+
+
+def test_calibration_errors_known_by_hand():
+    """Certain and right: 0. Certain and wrong: 100. Two logits of the same value are right half of the time."""
+    certain, labels = 1000 * torch.eye(4), torch.arange(4)
+    assert evaluate.ece(certain, labels) == 0 and evaluate.ece(certain, labels.roll(1)) == 100
+    assert evaluate.ece(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])) == 0
+    assert evaluate.ece(torch.zeros(4, 2), torch.tensor([0, 0, 0, 0])) == 50
 
 
 def test_interpolated_weights_are_on_the_line():
@@ -141,6 +179,65 @@ def run(tiny_data, tiny_clip, tmp_path):
     return Run()
 
 
+def test_harmonic_means_by_hand():
+    values = {
+        "photo": 60.0, "sketch": 90.0, "cartoon": 0.0, "OOD mean": 45.0, "extended": 1.0,
+        "unseen photo": 30.0, "unseen sketch": None, "unseen cartoon": 50.0, "unseen mean": 40.0,
+    }
+    assert evaluate.harmonic_means(values) == {"H photo": 40, "H sketch": None, "H cartoon": 0, "H mean": 20}
+
+
+def test_base_to_new_by_hand(five_classes, run):
+    """Of each class, those images count that are tested without the flag; its captions are shared."""
+    records = run("--methods", "finetune", "flyp", "--base-to-new", "--lr", "0.003")
+    undivided = load_dataset("tiny", five_classes)
+    names = {"cat": "cat", "cow": "cow", "dog": "dog", "owl": "owl", "red_house": "red house"}
+    halves = [*names][:3], [*names][3:]
+    tuned = features.towers_of(torch.load(run.checkpoint("flyp"))["modules"])
+    for method, state in (("zero-shot", run.clip.original), ("flyp", tuned)):
+        run.clip.model.load_state_dict(state)
+        values, means = records[method, 1.0]["values"], []
+        for domain in ("photo", "sketch", "cartoon"):
+            accuracies = []
+            for half in halves:
+                paths = [at for at, _ in undivided.split("photo", domain, "test", 0) if at.path.split("/")[1] in half]
+                z = features.encode_images(run.clip, [(at, 0) for at in paths])
+                t = features.encode_texts(run.clip, [f"a photo of a {names[name]}" for name in half])
+                guesses = [half[i] for i in (z @ t.T).argmax(1).tolist()]
+                hits = [guess == at.path.split("/")[1] for guess, at in zip(guesses, paths)]
+                accuracies.append(100 * sum(hits) / len(hits))
+            base, new = accuracies
+            means.append(2 * base * new / (base + new) if base + new else 0)
+            assert [values[domain], values[f"unseen {domain}"], values[f"H {domain}"]] == pytest.approx([base, new, means[-1]], abs=1e-4)
+        assert values["H mean"] == pytest.approx(sum(means) / 3, abs=1e-4)
+    n = records["flyp", 1.0]["n"]
+    assert [n[key] for key in ("photo", "unseen photo", "sketch", "unseen sketch")] == [9, 6, 30, 20]
+    assert {r["dataset"] for r in records.values()} == {"tiny base-to-new"}
+    head = torch.load(run.checkpoint("finetune"))["modules"]["head.weight"]
+    assert len(head) == 3 and not any(key[:2] in ("un", "H ") for key in records["finetune", 1.0]["values"])
+    run.clip.reset()
+
+
+def test_base_to_new_and_the_undivided_set_can_share_a_folder(five_classes, run):
+    """Neither takes the other's checkpoints, scores or features for its own."""
+    methods = "--methods", "flyp", "ldfs"
+    divided = run(*methods, "--base-to-new")
+    checkpoints = {run.checkpoint(name) for name in ("flyp", "ldfs")}
+    undivided = run(*methods)
+    assert not checkpoints & {run.checkpoint(name) for name in ("flyp", "ldfs")}
+    assert undivided["flyp", 1.0]["n"]["photo"] == 15 and "unseen mean" not in undivided["flyp", 1.0]["values"]
+    assert run(*methods, "--base-to-new") == divided
+    fresh = run(*methods, "--base-to-new", "--run", f"{run.settings.run}/fresh/run")
+    assert fresh == divided
+
+
+def test_an_official_list_without_new_classes_leaves_their_domain_out(five_classes, run):
+    (five_classes / "tiny" / "sketch_test.txt").write_text("sketch/cat/0.png\n")
+    values = run("--methods", "flyp", "--base-to-new")["flyp", 1.0]["values"]
+    assert values["sketch"] is not None and values["unseen sketch"] is values["H sketch"] is None
+    assert values["unseen mean"] == pytest.approx((values["unseen photo"] + values["unseen cartoon"]) / 2, abs=1e-4)
+
+
 @pytest.fixture
 def others(tiny_data):
     """A data set of unseen classes: dog, red house, tiger."""
@@ -177,6 +274,41 @@ def test_scores_of_full_finetuning_and_between_the_weights(run):
     assert records["finetune", 1.0]["options"] == {"epochs": 1, "lr": 0.003}
 
 
+def test_calibration_is_measured_at_the_temperature_of_training(run):
+    """By hand: s · cosine of CLIP's and CLIPood's heads and of prompts, s · W z of a probe, W z + b of a tower's head."""
+    methods = ["linear", "coop", "full", "clipood", "flyp"]
+    records = run("--methods", *methods, "--alphas", "0.5", "--lr", "0.01")
+    clip, dataset = run.clip, run.dataset
+    items = dataset.split("photo", "sketch", "test", 0)
+    labels = torch.tensor([y for _, y in items])
+    s = clip.original["logit_scale"].exp()
+    text = features.encode_texts(clip, [f"a photo of a {name}" for name in dataset.classnames])
+    z = features.encode_images(clip, items)
+    saved = {name: torch.load(run.checkpoint(name))["modules"] for name in methods}
+    learner = CoOp(clip, dataset.classnames, "a photo")
+    learner.load_state_dict(saved["coop"])
+    expected = {
+        ("zero-shot", 1.0): s * z @ text.T,
+        ("linear", 1.0): s * z @ saved["linear"]["head.weight"].T,
+        ("linear", 0.5): s * z @ (saved["linear"]["head.weight"] + text).T / 2,
+        ("coop", 1.0): s * z @ learner.encode(learner.vectors, learner.tokens).detach().T,
+    }
+    for name in methods[2:]:
+        clip.model.load_state_dict(features.towers_of(saved[name]))
+        z = features.encode_images(clip, items)
+        if name == "full":
+            logits = z @ saved[name]["head.weight"].T + saved[name]["head.bias"]
+        else:
+            texts = features.encode_texts(clip, [f"a photo of a {name}" for name in dataset.classnames])
+            logits = clip.model.logit_scale.exp() * z @ texts.T
+        expected[name, 1.0] = logits
+    assert saved["flyp"]["towers.logit_scale"].exp() != s
+    for key, logits in expected.items():
+        assert records[key]["ece"]["sketch"] == pytest.approx(slow_ece(logits, labels), abs=1e-3), key
+        assert records[key]["ece"].keys() == {"photo", "sketch", "cartoon", "OOD mean"}
+    clip.reset()
+
+
 def test_what_is_scored_is_not_scored_again_but_changed_images_are(run, tiny_data, tmp_path, monkeypatch):
     methods = "--methods", "finetune", "--train", "full", "--alphas", "0.5"
     first = run(*methods)
@@ -211,7 +343,7 @@ def test_heads_are_in_the_sources_words(run, others, tiny_data):
         text = features.encode_texts(run.clip, [f"a photo of a {name}" for name in names])
         for domain in ("photo", "sketch"):
             weight, bias = evaluate.head_function(run.clip, dataset, "photo")(domain)
-            assert torch.allclose(weight, text, atol=1e-6) and bias is None
+            assert torch.allclose(weight, run.clip.logit_scale * text, atol=1e-5) and bias is None
     trained = torch.zeros(3, 32), torch.ones(3)
     assert evaluate.head_function(run.clip, run.dataset, "photo", trained)("sketch") is trained
 
@@ -252,9 +384,9 @@ def test_images_are_encoded_with_maples_prompts_and_only_its(run, monkeypatch):
 def test_unseen_classes_are_named_by_the_finetuned_text_tower(run, others, monkeypatch):
     heads, true_accuracies = [], evaluate.unseen_accuracies
 
-    def look(dataset, features_of, head_of):
+    def look(dataset, images, features_of, head_of):
         heads.append(head_of("sketch")[0])
-        return true_accuracies(dataset, features_of, head_of)
+        return true_accuracies(dataset, images, features_of, head_of)
 
     monkeypatch.setattr(evaluate, "unseen_accuracies", look)
     run("--methods", "flyp", "--lr", "0.01")
@@ -262,7 +394,8 @@ def test_unseen_classes_are_named_by_the_finetuned_text_tower(run, others, monke
     tuned = features.towers_of(torch.load(run.checkpoint("flyp"))["modules"])
     for state, head in zip((run.clip.original, tuned), heads, strict=True):
         run.clip.model.load_state_dict(state)
-        assert torch.allclose(head, features.encode_texts(run.clip, texts), atol=1e-6)
+        scaled = run.clip.logit_scale * features.encode_texts(run.clip, texts)
+        assert torch.allclose(head, scaled, atol=1e-5)
     assert not torch.allclose(*heads, atol=0.01)
 
 

@@ -21,7 +21,7 @@ import finetune
 from core.config import SCHEDULES, Schedule, parse
 from core.distributed import leave
 from core.methods import Method, parse_method
-from finetune import arf_losses, ldfs_losses, lr_at
+from finetune import arf_losses, dive_losses, ldfs_losses, lr_at
 from mapper import Mapper
 from sets.load import load_run
 from sets.webdataset import read_shard
@@ -106,6 +106,32 @@ def test_ldfs_losses_are_cross_entropy_of_original_and_synthesised_features():
         assert torch.allclose(losses[name], expected, atol=1e-6)
 
 
+def test_dives_losses_compare_pairs_with_the_pretrained_towers_and_follow_their_mean():
+    class Encoder:  # the batch contains features already, which move by `shift`
+        def __init__(self, shift):
+            self.shift = shift
+
+        def encode_image(self, x):
+            return x + self.shift[0]
+
+        encode_text = encode_image
+
+    def losses(preserve, n=1):
+        strategy.mean_vector = torch.zeros(16)
+        for _ in range(n):
+            got = dive_losses(strategy, batch, preserve, 2.0)
+        return {name: loss.item() for name, loss in got.items()}
+
+    z, t, shift = torch.randn(4, 16), torch.randn(4, 16), F.normalize(torch.randn(1, 16), dim=-1)
+    batch = batches.Batch(torch.zeros(4), pool_images=z, pool_texts=t, n_pairs=4)
+    strategy = SimpleNamespace(clip=Encoder(shift), pretrained=Encoder(torch.zeros(1, 16)))
+    assert losses("snd") == pytest.approx({"L_snd": 2})
+    first = losses("dive")  # m is a hundredth of the shift
+    assert first == pytest.approx({"L_avl": 2 * 2 * 0.99 ** 2, "L_pvl": 0}, abs=1e-5)
+    assert losses("dive", 2)["L_avl"] == pytest.approx(2 * 2 * 0.99 ** 4, abs=1e-5)
+    assert losses("dive", 2000) == pytest.approx({"L_avl": 0, "L_pvl": 0}, abs=1e-5)
+
+
 def test_arf_losses_are_open_clips_losses_weighted():
     def unit(n):
         return F.normalize(torch.randn(n, 16), dim=-1)
@@ -127,6 +153,7 @@ def test_arf_losses_are_open_clips_losses_weighted():
     }
     assert got.keys() == expected.keys()
     assert all(torch.allclose(got[name], expected[name], atol=1e-6) for name in expected)
+    assert arf_losses(Encoder, batch, retrieved=False).keys() == {"L_cl", "L_cap"}  # dive+captions
 
 
 def test_the_encoder_learns_through_the_frozen_mapper():
@@ -489,6 +516,7 @@ def test_a_step_is_one_forward_of_each_tower(anchored, monkeypatch, method):
 
 def test_each_anchor_changes_what_is_learned(anchored, fixed_mapper):
     methods = ["flyp", "flyp+captions", "flyp+retrieved", "arf", "arf+ldfs"]
+    methods += ["dive", "snd", "dive+captions", "arf+dive"]
     states = [anchored.run(method)["towers.text_projection"] for method in methods]
     states += [anchored.run("arf", lambda_cap=0.1)["towers.text_projection"]]
     states += [anchored.run("arf", lambda_ret=0.1)["towers.text_projection"]]
@@ -499,6 +527,28 @@ def test_a_weight_of_zero_is_the_method_without_that_loss(anchored):
     flyp = anchored.run("flyp")["towers.text_projection"]
     arf = anchored.run("arf", lambda_cap=0.0, lambda_ret=0.0)["towers.text_projection"]
     assert torch.allclose(flyp, arf, atol=1e-5)
+
+
+def test_dive_at_a_weight_of_zero_is_flyp_to_the_bit(anchored):
+    flyp, dive = anchored.run("flyp"), anchored.run("dive", lambda_dive=0.0)
+    assert all(torch.equal(flyp[name], dive[name]) for name in flyp)
+
+
+def test_a_large_weight_of_dive_or_snd_keeps_the_features_of_the_pairs(anchored):
+    clip = anchored.clip
+    images = torch.stack([clip.preprocess(location.open()) for location, _ in anchored.pairs])
+
+    def movement(modules):
+        before = clip.encode_image(images)
+        clip.model.load_state_dict(anchored.tuned(modules))
+        shifts = clip.encode_image(images) - before
+        clip.reset()
+        return shifts.norm(dim=1).mean().item(), (shifts - shifts.mean(0)).norm(dim=1).mean().item()
+
+    flyp, snd, dive = (
+        movement(anchored.run(name, lambda_dive=100.0)) for name in ("flyp", "snd", "dive")
+    )
+    assert snd[0] < 0.5 * flyp[0] and dive[1] < 0.5 * flyp[1]
 
 
 def test_each_image_goes_with_its_own_caption_and_a_prompt_of_its_class(anchored):
@@ -542,13 +592,15 @@ def test_of_several_captions_one_is_drawn_in_each_epoch(anchored):
     assert {n for epoch in epochs for n in epoch} == {0, *(10 * i + j for i in range(1, 18) for j in range(5))}
 
 
-def test_a_killed_arf_run_resumes_to_the_same_bits(anchored, tmp_path, monkeypatch):
-    """Retrieved pairs, too, go on where they were in their endless passes."""
-    whole = anchored.run("arf", run=tmp_path / "whole")
+@pytest.mark.parametrize("name", ["arf", "dive"])
+def test_a_killed_run_on_pairs_resumes_to_the_same_bits(anchored, tmp_path, monkeypatch, name):
+    """Retrieved pairs go on where they were in their endless passes, and so does DiVE's m."""
+    whole = anchored.run(name, run=tmp_path / "whole")
     killed_at(monkeypatch, "arf_losses", 8)
     with pytest.raises(Killed):
-        anchored.run("arf")
-    resumed = anchored.run("arf")
+        anchored.run(name)
+    resumed = anchored.run(name)
+    assert whole.keys() == resumed.keys() and ("mean_vector" in whole) == (name == "dive")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
@@ -602,9 +654,9 @@ def train_in_process(tiny_data, tiny_clip, run, pairs):
 
     rates = {"linear": 0.1, "full": 0.1, "clipood": 0.01, "maple": 0.01, "towers": 0.01}
     schedules = {k: Schedule(3, 17, rates[k], max_norm=1.0 if k == "full" else None) for k in rates}
-    settings, dataset = make_settings(tiny_data, tiny_clip, run, "--seeds", 1, schedules=schedules)
+    settings, dataset = make_settings(tiny_data, tiny_clip, run, "--seeds", 1, "--lambda-dive", 1, schedules=schedules)
     settings.methods = {
-        name: parse_method(name, "full") for name in ("linear", "full", "clipood", "maple", "arf")
+        name: parse_method(name, "full") for name in ("linear", "full", "clipood", "maple", "arf", "dive")
     }
     clip = features.load_clip(settings)
     with mock.patch.object(torch.optim, "AdamW", sgd), \
@@ -624,7 +676,7 @@ def test_several_processes_train_as_one(anchored, tiny_data, tiny_clip, tmp_path
     for n in (2, 3):
         in_processes(n, train_in_process, tiny_data, tiny_clip, tmp_path / str(n), anchored.pairs)
     paths = [*(tmp_path / "1" / "checkpoints").glob("*.pt")]
-    assert len(paths) == 5
+    assert len(paths) == 6
     for path in paths:
         one = torch.load(path)["modules"]
         before = {f"towers.{k}": v for k, v in anchored.clip.original.items()}
@@ -646,12 +698,15 @@ def test_several_processes_train_as_one(anchored, tiny_data, tiny_clip, tmp_path
     ("coop+lads", Method("coop", recipe="lads")), ("lpft", Method("lpft")),
     ("cocoop+ldfs", Method("cocoop", recipe="ldfs")), ("clipood", Method("clipood")),
     ("maple+ldfs", Method("maple", recipe="ldfs")),
+    ("dive", Method("towers", True, preserve="dive")), ("snd", Method("towers", True, preserve="snd")),
+    ("dive+captions", Method("towers", True, captions=True, preserve="dive")),
+    ("arf+dive", Method("towers", True, True, True, preserve="dive")),
 ])
 def test_methods_are_named_by_their_parts(text, method):
     assert parse_method(text, "full") == method
 
 
-@pytest.mark.parametrize("text", ["finetune+captions", "ldfs+retrieved", "flyp+lads+ldfs", "arff", ""])
+@pytest.mark.parametrize("text", ["finetune+captions", "ldfs+retrieved", "flyp+lads+ldfs", "arff", "dive+snd", "full+dive", ""])
 def test_unknown_methods_are_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_method(text)

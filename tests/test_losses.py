@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 import losses
 from losses import (
+    average_vector,
     class_consistency,
     clip_contrastive,
     local_adaptation,
     pairwise_relation,
+    pairwise_vector,
     stochastic_text,
 )
 
@@ -51,6 +53,27 @@ def test_pairwise_relation_is_the_loop(form):
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
     total = sum(abs(relation(dot(Z_HAT[i], Z_HAT[j])) - relation(dot(Z[i], Z[j]))) for i, j in pairs)
     assert pairwise_relation(Z, Z_HAT, form).item() == pytest.approx(total / len(pairs), rel=1e-12)
+
+
+def test_dives_losses_are_the_loops_in_value_and_gradient():
+    u, v, m = (unit(*shape, seed=s) for shape, s in (((6, 5), 0), ((6, 5), 1), ((5,), 2)))
+    u.requires_grad_()
+    average = pairwise = 0
+    for u_j, v_j in zip(u, v):
+        average += sum((a - c) ** 2 + (b - c) ** 2 for a, b, c in zip(u_j, v_j, m)) / len(u)
+        pairwise += sum((a - b) ** 2 for a, b in zip(u_j, v_j)) / len(u)
+    for got, expected in ((average_vector(u, v, m), average), (pairwise_vector(u, v), pairwise)):
+        assert got.item() == pytest.approx(expected.item(), rel=1e-12)
+        [gradient], [true_gradient] = torch.autograd.grad(got, u), torch.autograd.grad(expected, u)
+        assert torch.allclose(gradient, true_gradient, atol=1e-12)
+
+
+def test_a_shift_of_all_features_costs_dive_nothing():
+    """… once m has arrived; features that move apart cost more than their common part."""
+    shift = unit(5).expand(6, 5)
+    assert average_vector(shift, shift, shift[0]) == pairwise_vector(shift, shift) == 0
+    assert average_vector(shift, shift, torch.zeros(5)).item() == pytest.approx(2)
+    assert average_vector(shift, -shift, shift[0]) > 0 and pairwise_vector(shift, -shift) > 0
 
 
 def test_class_consistency_is_the_loop():

@@ -178,6 +178,38 @@ def test_arf_is_compared_with_flyp_at_the_same_alpha():
     ]
 
 
+def test_h_is_shown_beside_the_unseen_mean_and_not_compared():
+    values = {"photo": [80], "OOD mean": [70], "unseen photo": [40], "unseen mean": [40], "H photo": [53], "H mean": [50]}
+    records = scores("flyp", values) + scores("finetune", {"photo": [80], "OOD mean": [70]})
+    heads, lines = tables.short_table(records)
+    assert heads[:5] == ["method", "ID", "OOD", "unseen", "H"] and not any("H\n" in head for head in heads)
+    assert [line[4] for line in lines] == ["50.0", "not run"]
+    assert column(records, "H mean") == {"flyp": "50.0", "finetune": "not run"}
+    assert "H photo" not in markdown_table(records) and "unseen photo" not in markdown_table(records)
+
+
+def test_calibration_is_in_the_full_table_only_and_old_records_have_none(tmp_path):
+    values = {"photo": [80], "sketch": [70], "OOD mean": [70], "unseen mean": [40]}
+    [new] = scores("arf", values, ece={"photo": 4.25, "sketch": 9, "OOD mean": 9.04, "unseen mean": None})
+    old = scores("flyp", values)
+    heads, *_ = tables.short_table([new, *old])
+    assert not any("ECE" in head for head in heads)
+    assert column([new, *old], "ECE ID") == {"arf": "4.2", "flyp": "not run"}
+    assert column([new, *old], "ECE OOD mean")["arf"] == "9.0"
+    assert "ECE unseen" not in markdown_table([new]) and "ECE sketch" not in markdown_table([new])
+    assert "ECE" not in markdown_table(old)
+    write_records([new, *old], tmp_path / "a.jsonl")
+    assert read_records(tmp_path / "a.jsonl") == [new, *old]
+
+
+def test_zero_shot_records_of_two_runs_are_joined_whatever_they_measured():
+    [old] = scores("zero-shot", {"photo": [1], "unseen mean": [2]})
+    [new] = scores("zero-shot", {"photo": [1]}, ece={"photo": 3.0})
+    for pair in ([old, new], [new, old]):
+        [joined] = newest(pair)
+        assert joined["values"] == {"photo": 1, "unseen mean": 2} and joined["ece"] == {"photo": 3.0}
+
+
 def test_what_is_compared_has_the_same_options_where_they_matter():
     """λ_cap and captions do not matter to FLYP; a learning rate and the number of images do."""
     def ood(method, value, **options):
