@@ -167,9 +167,9 @@ def make_parser(doc="", stage=None):
         "arf: full); flyp and arf train both towers")
     add("--seeds", type=count, help="seeds 0 … N-1: split, start, order (default: 3; arf: 1)")
     add("--shots", type=count, help="training images of each class (default: all)")
-    add("--base-to-new", action="store_true",
-        help="train on the first half of the classes; the others are the unseen ones (CoOp's "
-        "protocol; default: off)")
+    add("--base-to-new", action="store_true", stages=STAGES,
+        help="train on the first half of the classes; the others are the unseen ones, as CoOp's "
+        "protocol has it (default: off)")
 
     add = group("captions (anchors.py caption)", MAKES_CAPTIONS)
     add("--captioner", type=text,
