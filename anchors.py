@@ -126,19 +126,18 @@ def write_captions(settings, locations, path, by):
     """
     (rank, world), size = rank_and_world(), settings.caption_batch
     own, rounds = locations[rank::world], -(-len(locations[::world]) // size)
-    decoding = settings.prompt, settings.beams, settings.max_tokens
+    decoding, device = (settings.prompt, settings.beams, settings.max_tokens), get_device()
     try:
         if rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             end_last_line(path)
             append_lines(path, [])  # before the captioner is loaded: fails if this cannot work
-        model, processor = load_captioner(settings.captioner, get_device())
-        for number in progress_bar(range(rounds), desc="captions"):
-            batch, lines = own[number * size:(number + 1) * size], []
-            if batch:
-                images = [open_image(location) for location in batch]
-                captions = caption_images(model, processor, images, *decoding)
-                lines = [caption_line(at, caption, by) for at, caption in zip(batch, captions)]
+        model, processor = load_captioner(settings.captioner, device)
+        batches = image_batches(in_order(own, size), None, device)
+        for _ in progress_bar(range(rounds), desc="captions"):
+            images, places = next(batches, ([], []))  # a rank may have none in the last round
+            captions = caption_images(model, processor, images, *decoding) if images else []
+            lines = [caption_line(at, caption, by) for at, caption in zip(places, captions)]
             lines = gather_to_main(lines)
             if rank == 0:
                 append_lines(path, lines)
@@ -157,13 +156,6 @@ def append_lines(path, lines):
         written = file.write(content)
         if written < len(content):  # the disk is full, and a second write raises the reason
             file.write(content[written:])
-
-
-def open_image(location):
-    try:
-        return location.open()
-    except data.UnreadableImage as error:
-        fail(f"{location}: not a readable image ({error}). Replace or remove it.")
 
 
 def caption_line(location, caption, by):
@@ -208,13 +200,16 @@ def embed_shard(clip, shard, folder):
 
     def encode():
         pairs, damaged = read_shard(shard)
-        items = [(location, row) for row, (_, location, _, _) in enumerate(pairs)]
+        row_of = {location: row for row, (_, location, _, _) in enumerate(pairs)}
         unreadable, z, rows = {}, [], []
-        order = in_order(len(items), 256)
-        for images, labels in image_batches(items, clip.preprocess, order, clip.device, unreadable):
+        keys = in_order([*row_of], 256)
+        for images, places in image_batches(keys, clip.preprocess, clip.device, unreadable):
             z.append(clip.encode_image(images).half().cpu())
-            rows += labels.tolist()
-        damaged += [f"{shard.name}: {pairs[row][0]} ({why})" for row, why in unreadable.items()]
+            rows += [row_of[location] for location in places]
+        damaged += [
+            f"{shard.name}: {pairs[row_of[location]][0]} ({reason})"
+            for location, reason in unreadable.items()
+        ]
         return {"z": torch.cat(z) if z else torch.empty(0, 0), "rows": rows, "damaged": damaged}
 
     inputs = (*features_key(clip, []), shard_stamps([shard]))

@@ -1,71 +1,127 @@
 """Batches: one loader for all images, and what a training step gets, in a reproducible order."""
 
 import functools
-import math
+import itertools
 import os
+import shutil
 from dataclasses import dataclass
 
 import torch
 
 import data
 from core.artifacts import digest
-from core.distributed import rows_of_rank
-from core.utils import fail
+from core.distributed import rank_and_world, rows_of_rank
+from core.utils import fail, warn
 
 
 class Images(torch.utils.data.Dataset):
-    """Items [(Location, label)] as (image tensor, index), or (None, index, reason) if unreadable.
+    """Images by key (Location, draw): a uint8 tensor (3, H, W), or the reason if unreadable (str).
 
-    The random draws of `transform` depend on `draw` and the index, not on order, worker or rank.
+    The random choices of `transform` are a function of `draw`, e.g. ("images", seed, epoch, row),
+    and do not depend on order, worker or rank. Without random choices `draw` is None.
+    transform: from a uint8 tensor (3, H, W) to another. If None, images are PIL's as they are.
     """
 
-    def __init__(self, items, transform, draw=()):
-        self.items, self.transform, self.draw = items, transform, draw
+    def __init__(self, transform):
+        self.transform = transform
 
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
+    def __getitem__(self, key):
+        location, draw = key
+        try:
+            if self.transform is None:
+                return location.open()
+            image = location.decode()
+        except data.UnreadableImage as error:
+            return str(error)  # a worker process cannot end the program
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.default_generator.manual_seed(int(digest(self.draw, i)[:8], 16))
-            try:
-                return self.transform(self.items[i][0].open()), i, None
-            except data.UnreadableImage as error:
-                return None, i, str(error)  # a worker process cannot end the program
+            torch.default_generator.manual_seed(int(digest(draw)[:8], 16))
+            return self.transform(image)
 
 
-def collate(batch):
-    """Return (images (B, C, H, W) or None, their indices, {index: reason} of unreadable ones)."""
-    readable = [(image, i) for image, i, _ in batch if image is not None]
-    images, rows = torch.utils.data.default_collate(readable) if readable else (None, None)
-    return images, rows, {i: reason for image, i, reason in batch if image is None}
+def collate(images):
+    """Return (images (B, 3, H, W), or a list of PIL's; {position: reason} of unreadable ones)."""
+    unreadable = {i: image for i, image in enumerate(images) if isinstance(image, str)}
+    images = [image for image in images if not isinstance(image, str)]
+    if images and isinstance(images[0], torch.Tensor):
+        images = torch.utils.data.default_collate(images)
+    return images, unreadable
 
 
-def image_batches(items, transform, batches, device, unreadable=None, draw=()):
-    """Yield images (B, 3, H, W) on `device` and labels (B,) for `batches` of indices into `items`.
+def image_batches(batches, transform, device, unreadable=None):
+    """Yield images (B, 3, H, W), uint8, on `device`, and their Locations.
 
-    draw: what an image's augmentation depends on besides its index, e.g. seed and epoch. For an
-    unreadable image exit with status 2 and name it, or, given a dict, add {label: reason} to it.
+    batches: an iterable of lists of keys (Location, draw), see `Images`. Workers get the keys
+    batch by batch, so that they hold no list of all images. With transform=None yield lists of
+    PIL images. For an unreadable image exit with status 2 and name it, or, given a dict, add
+    {Location: reason} to it.
     """
-    gpu = device.type == "cuda"
+    gpu, dataset, batches = device.type == "cuda", Images(transform), iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return
+    workers = worker_count(batch_bytes(transform, len(first))) if gpu else 0
+    batches, queue = itertools.tee(itertools.chain([first], batches))
     loader = torch.utils.data.DataLoader(
-        Images(items, transform, draw), batch_sampler=batches, collate_fn=collate, pin_memory=gpu,
-        num_workers=min(8, os.cpu_count()) if gpu else 0,
+        dataset, batch_sampler=queue, collate_fn=collate, pin_memory=gpu, num_workers=workers
     )
-    for images, rows, bad in loader:
-        for i, reason in bad.items():
-            location, label = items[i]
+    for keys, (images, reasons) in zip(batches, loader):
+        for i, reason in reasons.items():
+            location, _ = keys[i]
             if unreadable is None:
                 fail(f"{location}: not a readable image ({reason}). Replace or remove it.")
-            unreadable[label] = reason
-        if images is not None:
-            labels = torch.tensor([items[i][1] for i in rows.tolist()])
-            yield images.to(device, non_blocking=True), labels
+            unreadable[location] = reason
+        if isinstance(images, torch.Tensor):
+            images = images.to(device, non_blocking=True)
+        if len(images):
+            yield images, [location for i, (location, _) in enumerate(keys) if i not in reasons]
 
 
-def in_order(n, batch_size):
-    """Return batches of the indices 0 … n-1, in order."""
-    return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]
+def in_order(locations, batch_size):
+    """Yield batches of keys of the Locations, in order, without random choices."""
+    for i in range(0, len(locations), batch_size):
+        yield [(location, None) for location in locations[i:i + batch_size]]
+
+
+def batch_bytes(transform, n):
+    """Return the size of a batch of n images in bytes; 0 for PIL's, which go through pipes."""
+    if transform is None:
+        return 0
+    with torch.random.fork_rng(devices=[]):
+        return n * transform(torch.zeros(3, 8, 8, dtype=torch.uint8)).nbytes
+
+
+def worker_count(n_bytes):
+    """Return how many processes load this rank's batches of n_bytes, on a machine with a GPU.
+
+    There is one for each core, but only as many as shared memory has room for: each has two
+    batches ready, and one is in use. A batch that found no room would end the program.
+    PIL images (n_bytes = 0) take two, which are faster than a captioner; they are of any size.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))  # those that a container or Slurm grants
+    else:
+        cores = os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, cores // ranks)
+    if not n_bytes:
+        return min(2, workers)
+    try:
+        free = shutil.disk_usage("/dev/shm").free / ranks
+    except OSError:  # a system that has shared memory elsewhere
+        return workers
+    fitting = max(0, int((free / n_bytes - 1) / 2))
+    if fitting < workers:
+        warn_of_shared_memory(workers, fitting)
+    return min(workers, fitting)
+
+
+@functools.cache
+def warn_of_shared_memory(workers, fitting):
+    """Print a line, once."""
+    warn(
+        f"/dev/shm has room for {fitting} of {workers} workers that load images, so loading is "
+        "slower. In Docker pass: docker run --shm-size=8g."
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -81,17 +137,18 @@ class Batch:
 
     labels: torch.Tensor                      # (B,)
     z: torch.Tensor | None = None             # (K + 1, b, d): z, ẑ^1 … ẑ^K of a frozen tower
-    images: torch.Tensor | None = None        # (b, 3, H, W)
+    images: torch.Tensor | None = None        # (b, 3, H, W), uint8
     prompts: torch.Tensor | None = None       # (b, L) tokens of a prompt of each image's class
     captions: torch.Tensor | None = None      # (b, L) tokens of each image's caption
-    pool_images: torch.Tensor | None = None   # (b, 3, H, W) of retrieved pairs
+    pool_images: torch.Tensor | None = None   # (b, 3, H, W), uint8, of retrieved pairs
     pool_texts: torch.Tensor | None = None    # (b, L) tokens of the pairs' texts
     n_pairs: int = 0                          # retrieved pairs of all ranks together
 
 
 def training_batches(clip, dataset, source, items, schedule, seed, method, z=None, captions=(),
                      pairs=()):
-    """Return a function epoch -> iterator of Batch, for `items` [(Location, label)] of the source.
+    """Return a function start_epoch -> iterator of the Batch of each step from there to the end,
+    for `items` [(Location, label)] of the source.
 
     Order, augmentation and prompts depend on (seed, epoch) alone. So a resumed run equals an
     uninterrupted one (on a CPU to the bit), and several ranks draw what one process draws.
@@ -99,12 +156,12 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
     captions: a list of texts of each item. pairs: [(Location, text)] retrieved from the pool.
     CHOICE: of several captions of an image, one is drawn in each epoch; alternative: all of them,
     as positives of one image.
+    CHOICE: each step has as many retrieved pairs as images; alternative: a pass an epoch.
     """
     captions = [[texts] if isinstance(texts, str) else texts for texts in captions]
     labels = torch.tensor([label for _, label in items])
     classnames, templates = data.prompt_templates(dataset, source)
     tokens = torch.stack([clip.tokenizer([t(name) for name in classnames]) for t in templates])
-    steps = math.ceil(len(items) / schedule.batch_size)
 
     def epoch_order(epoch):
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
@@ -118,47 +175,44 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
         draws = torch.rand(len(captions), generator=generator).tolist()
         return [texts[int(draw * len(texts))] for draw, texts in zip(draws, captions)]
 
-    def feature_batches(epoch):
-        order, _ = epoch_order(epoch)
-        for rows in order:
-            own = rows[rows_of_rank(len(rows))].to(z.device)
-            yield Batch(labels[rows].to(clip.device), z.index_select(1, own))
+    def feature_batches(start_epoch):
+        for epoch in range(start_epoch, schedule.epochs):
+            order, _ = epoch_order(epoch)
+            for rows in order:
+                own = rows[rows_of_rank(len(rows))].to(z.device)
+                yield Batch(labels[rows].to(clip.device), z.index_select(1, own))
 
-    def augmented(locations, order, *draw):
-        """Yield this rank's images of each batch, and their rows."""
-        numbered = [(location, row) for row, location in enumerate(locations)]
-        own = [[rows[i] for i in rows_of_rank(len(rows))] for rows in order]
-        return image_batches(numbered, clip.augment, own, clip.device, draw=draw)
-
-    def pair_batches(epoch):
-        """Yield a batch of retrieved pairs for each step of the epoch.
-
-        CHOICE: each step has as many retrieved pairs as images; alternative: a pass an epoch.
+    def plan(start_epoch):
+        """Yield of each step a Batch without images, and the keys of this rank's images: those of
+        the batch, then those of the retrieved pairs.
         """
-        numbers = range(epoch * steps, (epoch + 1) * steps)
-        drawn = [endless(len(pairs), schedule.batch_size, seed, step) for step in numbers]
-        chosen = [pairs[i] for rows in drawn for i in rows]
-        order = in_order(len(chosen), schedule.batch_size)
-        locations = [location for location, _ in chosen]
-        for images, rows in augmented(locations, order, "pairs", seed, epoch):
-            yield images, clip.tokenizer([chosen[row][1] for row in rows.tolist()])
+        for epoch in range(start_epoch, schedule.epochs):
+            order, template = epoch_order(epoch)
+            texts = draw_captions(epoch)
+            for step, rows in enumerate(order):
+                own = rows[rows_of_rank(len(rows))]
+                batch = Batch(labels[rows])
+                keys = [(items[row][0], ("images", seed, epoch, row)) for row in own.tolist()]
+                if method.contrastive:
+                    batch.prompts = tokens[template[own], labels[own]]
+                if method.captions:
+                    batch.captions = clip.tokenizer([texts[row] for row in own.tolist()])
+                if method.needs_pairs:
+                    n = batch.n_pairs = schedule.batch_size
+                    drawn = endless(len(pairs), n, seed, epoch * len(order) + step)
+                    own_pairs = [(i, *pairs[drawn[i]]) for i in rows_of_rank(n)]
+                    keys += [(at, ("pairs", seed, epoch, step, i)) for i, at, _ in own_pairs]
+                    batch.pool_texts = clip.tokenizer([text for _, _, text in own_pairs])
+                yield batch, keys
 
-    def image_and_text_batches(epoch):
-        order, template = epoch_order(epoch)
-        texts = draw_captions(epoch)
-        locations = [location for location, _ in items]
-        order = [rows.tolist() for rows in order]
-        pool = pair_batches(epoch) if method.needs_pairs else None
-        images_of = augmented(locations, order, "images", seed, epoch)
-        for whole_batch, (images, rows) in zip(order, images_of):
-            batch = Batch(labels[whole_batch].to(clip.device), images=images)
-            if method.contrastive:
-                batch.prompts = tokens[template[rows], labels[rows]]
-            if method.captions:
-                batch.captions = clip.tokenizer([texts[row] for row in rows.tolist()])
+    def image_and_text_batches(start_epoch):
+        steps, steps_of_loader = itertools.tee(plan(start_epoch))  # the loader is ahead
+        loader = image_batches((keys for _, keys in steps_of_loader), clip.augment, clip.device)
+        for (batch, _), (images, _) in zip(steps, loader):
+            n = -(-len(batch.labels) // rank_and_world()[1])
+            batch.labels, batch.images = batch.labels.to(clip.device), images[:n]
             if method.needs_pairs:
-                batch.pool_images, batch.pool_texts = next(pool)
-                batch.n_pairs = schedule.batch_size
+                batch.pool_images = images[n:]
             yield batch
 
     return image_and_text_batches if z is None else feature_batches

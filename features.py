@@ -3,12 +3,16 @@
 import contextlib
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision import transforms as transforms_v1
+from torchvision.transforms import v2
 
 from batches import image_batches, in_order
 from core.artifacts import artifact, artifact_path, digest, load, stamps
@@ -18,7 +22,11 @@ from core.utils import fail, from_root, one_line
 
 @dataclass
 class Clip:
-    """A CLIP model with its transforms and tokenizer: `preprocess` evaluates, `augment` trains."""
+    """A CLIP model with its transforms and tokenizer.
+
+    preprocess, augment: of evaluation and of training, from uint8 images (3, h, w) to (3, H, W).
+    mean, std: (3, 1, 1) of the colours in [0, 1], by which `normalise` makes the towers' input.
+    """
 
     model: torch.nn.Module
     preprocess: object
@@ -26,6 +34,8 @@ class Clip:
     tokenizer: object
     device: torch.device
     name: str
+    mean: torch.Tensor = 0.0
+    std: torch.Tensor = 1.0
     base: tuple = ()       # (name, tag of its weights) for open_clip, also of a checkpoint's model
     key: str = ""          # a hash of all that decides its features
     weights: str = ""      # a hash of the weights of `base`
@@ -46,9 +56,18 @@ class Clip:
         self.model.load_state_dict(self.original)
         self.model.requires_grad_(False)
 
+    def normalise(self, images):
+        """Return the towers' input, float32, of images (B, 3, H, W): uint8, or floats in [0, 1]."""
+        images = images if images.is_floating_point() else images / 255
+        return (images - self.mean) / self.std
+
+    def image_tower(self, images):
+        """Return the image tower's output, (B, d), as it is."""
+        return self.model.encode_image(self.normalise(images))
+
     def encode_image(self, images):
-        """Return z: (B, d), unit norm, float32, of images (B, 3, H, W), with gradient."""
-        return self.encode(self.model.encode_image, images.to(self.device))
+        """Return z: (B, d), unit norm, float32, with gradient; images as in `normalise`."""
+        return self.encode(self.image_tower, images.to(self.device))
 
     def encode_text(self, tokens):
         """Return t: (B, d), unit norm, float32, of tokens (B, L), with gradient.
@@ -143,6 +162,8 @@ def load_clip(settings):
         pretrained = None  # these bring their own weights
     device = get_device()
     model, augment, preprocess, tokenizer, config = create(base, pretrained, device)
+    augment, _, _ = split_transforms(augment)
+    preprocess, mean, std = split_transforms(preprocess)
     quick = any(isinstance(m, open_clip.transformer.QuickGELU) for m in model.modules())
     if is_openai(pretrained) and not quick:
         fail(f"--model {base}: OpenAI's weights need QuickGELU. Pass --model {base}-quickgelu.")
@@ -157,13 +178,13 @@ def load_clip(settings):
     model.to(memory_format=torch.channels_last)  # halves the time of depthwise convolutions
     model.eval().requires_grad_(False)
     clip = Clip(
-        model, preprocess, augment, tokenizer, device, settings.model, (base, pretrained),
-        weights=weights, micro_batch=settings.micro_batch,
+        model, preprocess, augment, tokenizer, device, settings.model, mean.to(device),
+        std.to(device), (base, pretrained), weights=weights, micro_batch=settings.micro_batch,
         original={k: v.cpu().clone() for k, v in model.state_dict().items()},
     )
     clip.key = digest(
         str(model), json.dumps(config, sort_keys=True), weights_hash(model), str(preprocess),
-        tokenizer_state(tokenizer),
+        mean, std, tokenizer_state(tokenizer),
     )
     return clip
 
@@ -189,6 +210,49 @@ def create(name, pretrained, device):
                 "or, if the Hugging Face hub has it, run once with a network. A damaged copy in "
                 "the hub's cache has to be deleted."
             )
+
+
+def split_transforms(composed):
+    """Return open_clip's transforms as (geometry on uint8 images (3, h, w), mean, std).
+
+    Sizes are the same as open_clip's, which takes PIL images; pixels differ by rounding. The input
+    of the tower is (pixels / 255 − mean) / std, with mean and std (3, 1, 1).
+    """
+    from open_clip.transform import MaybeConvertMode, MaybeToTensor, ResizeKeepRatio
+
+    *transforms, normalise = composed.transforms
+    geometry = []
+    for step in transforms:
+        if isinstance(step, transforms_v1.Resize):
+            step = v2.Resize(step.size, step.interpolation, antialias=True)
+        elif isinstance(step, ResizeKeepRatio):
+            step = ResizeToRatio(step)
+        elif isinstance(step, transforms_v1.CenterCrop):
+            step = v2.CenterCrop(step.size)
+        elif isinstance(step, transforms_v1.RandomResizedCrop):
+            step = v2.RandomResizedCrop(
+                step.size, step.scale, step.ratio, step.interpolation, antialias=True
+            )
+        if not isinstance(step, (MaybeConvertMode, MaybeToTensor)):
+            geometry.append(step)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (normalise.mean, normalise.std))
+    return v2.Compose(geometry), mean, std
+
+
+class ResizeToRatio:
+    """open_clip's ResizeKeepRatio, which reads the sizes of PIL images only, for tensors."""
+
+    def __init__(self, original):
+        self.original = original
+
+    def __call__(self, image):
+        original, (height, width) = self.original, image.shape[-2:]
+        like_pil = SimpleNamespace(size=(width, height))
+        size = original.get_params(like_pil, original.size, original.longest)
+        return v2.functional.resize(image, size, original.interpolation, antialias=True)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.original})"
 
 
 @contextlib.contextmanager
@@ -313,9 +377,9 @@ def load_captioner(name, device):
 @torch.no_grad()
 def encode_images(clip, items, batch_size=256, label="images"):
     """Return z: (N, d), unit norm, float32, on the CPU, of items [(Location, label)], in order."""
-    order = in_order(len(items), batch_size)
-    batches = image_batches(items, clip.preprocess, order, clip.device)
-    bar = progress_bar(batches, desc=f"encoding {label}", total=len(order), leave=False)
+    keys = in_order([location for location, _ in items], batch_size)
+    batches, total = image_batches(keys, clip.preprocess, clip.device), len(items) / batch_size
+    bar = progress_bar(batches, desc=f"encoding {label}", total=math.ceil(total), leave=False)
     return torch.cat([clip.encode_image(images).cpu() for images, _ in bar])
 
 

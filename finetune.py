@@ -149,8 +149,9 @@ def train(strategy, method, batches, steps_per_epoch, schedule, partial, lambda_
           lambda_ret=1.0, lambda_dive=1000.0):
     """Train a Strategy and return its history: [{each loss term's mean, "lr": …} of an epoch].
 
-    batches: function epoch -> iterator of Batch. partial: path of the state after each epoch, from
-    which a killed run goes on. Raises FloatingPointError if a loss or a weight is not finite.
+    batches: function start_epoch -> iterator of the Batch of each step from there on. partial: path
+    of the state after each epoch, from which a killed run goes on. Raises FloatingPointError if a
+    loss or a weight is not finite.
     """
     parameters = [p for p in strategy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -163,9 +164,11 @@ def train(strategy, method, batches, steps_per_epoch, schedule, partial, lambda_
         desc=partial.name.removesuffix(".partial.pt"),
     )
 
+    stream = batches(start_epoch)
     for epoch in range(start_epoch, schedule.epochs):
         sums = 0
-        for step, batch in enumerate(batches(epoch), epoch * steps_per_epoch):
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            batch = next(stream)
             if method.contrastive:
                 losses = arf_losses(
                     strategy.clip, batch, strategy.mappers, lambda_cap, lambda_ret, method.retrieved
@@ -354,7 +357,7 @@ def finetune(settings, dataset, clip, name, seed, method=None, init=None):
 
 
 def prepare(settings, dataset, clip, name, seed, method, init, items):
-    """Return (Strategy, function epoch -> batches) of a method, with all that they need."""
+    """Return (Strategy, function start_epoch -> batches) of a method, with all that they need."""
     source, schedule = settings.source, settings.schedules[method.train]
     mappers = {}
     if method.recipe:

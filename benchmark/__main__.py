@@ -11,6 +11,7 @@ the machine changes wall time. Pixels are random, and so are weights unless --mo
 
 import copy
 import gc
+import re
 import statistics
 import tempfile
 import textwrap
@@ -29,19 +30,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from anchors import search
 from batches import Batch, image_batches, in_order
 from benchmark import peers
-from core.artifacts import save
+from core.artifacts import load, save, write_atomically
 from core.config import DEFAULT_MODEL, Parser, number
 from core.distributed import get_device, require_one_process
 from core.methods import parse_recipe
-from core.utils import fail, is_out_of_memory, one_line
+from core.utils import ROOT, fail, is_out_of_memory, one_line
 from data import Location
-from features import Clip, autocast, encode_images, precision, resolve_local
+from features import Clip, autocast, encode_images, precision, resolve_local, split_transforms
 from finetune import arf_losses, ldfs_losses
 from mapper import new_mapper, train_mapper
 from report.tables import aligned
 from strategies.towers import BothTowers, FullFinetuning
 
 PEERS = {"finetune": "WiSE-FT's", "flyp": "FLYP's", "arf": "three forwards"}
+PAGES = ROOT / "docs/results"
 MAPPERS = ("lads", "ldfs", "global")
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's sheets
 
@@ -65,7 +67,8 @@ def print_table(content, path, title, rows):
     """Measure and print the rows {what: function that returns {column: value}} of a table.
 
     Each row is added to `content`, which is stored in `path`, as soon as it is measured. If the
-    memory does not suffice for a row, the row says so, and the next ones follow.
+    memory does not suffice for a row, the row says so, and the next ones follow. A GPU's tables
+    also go to its page in docs/results/.
     """
     table = content["tables"][title] = []
     for what, measure_row in rows.items():
@@ -78,13 +81,39 @@ def print_table(content, path, title, rows):
         save(content, path)
         gc.collect()  # models that a traceback has kept, before the next ones are made
         torch.cuda.empty_cache()
+    print(f"\n{title}:\n\n{text_table(table)}", flush=True)
+    if content.get("device", "CPU") != "CPU":
+        write_page(path.parent, content["device"])
+
+
+def text_table(table):
+    """Return a table [{column: value}] as text."""
     columns = [*dict.fromkeys(column for row in table for column in row)]
     lines = []
     for row in table:
         values = [row.get(column, "") for column in columns]
         lines.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
-    heads = [textwrap.fill(column, 13, break_long_words=False) for column in columns]
-    print(f"\n{title}:\n\n{aligned(heads, lines)}", flush=True)
+    return aligned([textwrap.fill(head, 13, break_long_words=False) for head in columns], lines)
+
+
+def write_page(folder, device):
+    """Write docs/results/gpu-DEVICE.md: all that `folder` has of benchmarks on this device."""
+    lines = [f"# {device}", "", "Written by `python -m benchmark`; see [GPU.md](../GPU.md)."]
+    for path in sorted(folder.glob("*.json")):
+        content = load(path)
+        if content.get("device") == device:
+            tables = content.pop("tables")
+            about = ", ".join(f"{name} {value}" for name, value in content.items())
+            lines += ["", f"## Batch {content['batch']}", "", about]
+            for title, table in tables.items():
+                lines += ["", f"{title}:", "", "```text", text_table(table), "```"]
+    page = PAGES / f"gpu-{slug(device)}.md"
+    write_atomically(page, lambda part: part.write_text("\n".join(lines) + "\n", "utf-8"))
+
+
+def slug(device):
+    """Return a device's name as part of a file's name: "nvidia-h100-80gb-hbm3"."""
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def compare(ours, peers):
@@ -110,7 +139,10 @@ def new_clip(name, device):
     except Exception as error:  # whatever the hub or a bad config raises
         fail(f"--model {name}: {one_line(error)}. Name a model of open_clip, or local-dir:PATH.")
     model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Clip(model, preprocess, augment, tokenizer, device, name)
+    augment, _, _ = split_transforms(augment)
+    preprocess, mean, std = split_transforms(preprocess)
+    normalisation = mean.to(device), std.to(device)
+    return Clip(model, preprocess, augment, tokenizer, device, name, *normalisation)
 
 
 def image_size(clip):
@@ -121,7 +153,8 @@ def image_size(clip):
 def new_batch(method, clip, n, classes):
     """Return a Batch of n images of `classes` classes, for ARF with captions and n pairs."""
     def new_images():
-        return torch.randn(n, 3, *image_size(clip), device=clip.device)
+        shape = n, 3, *image_size(clip)
+        return torch.randint(256, shape, dtype=torch.uint8, device=clip.device)
 
     def tokens(text, numbers):
         return clip.tokenizer([text.format(i) for i in numbers]).to(clip.device)
@@ -168,8 +201,15 @@ def our_step(method, strategy, batch):
 
 
 def peer_step(method, strategy, batch):
-    """Return a function that takes the peer's step from the same start and returns its loss."""
-    model = strategy.clip.model
+    """Return a function that takes the peer's step from the same start and returns its loss.
+
+    The peer gets the images as its loader would make them, normalised.
+    """
+    clip = strategy.clip
+    model, images = clip.model, {"images": clip.normalise(batch.images)}
+    if batch.pool_images is not None:
+        images["pool_images"] = clip.normalise(batch.pool_images)
+    batch = replace(batch, **images)
     optimizer = torch.optim.AdamW(strategy.parameters(), 1e-5, weight_decay=0.1)
 
     @autocast(strategy.clip.device)
@@ -301,17 +341,18 @@ def measure_evaluation(clip, images, copies, watch):
     n, size = len(images), int(1.5 * max(image_size(clip)))
 
     def load(transform):
-        return [None for _ in image_batches(items, transform, in_order(len(items), n), clip.device)]
+        return [None for _ in image_batches(in_order(places, n), transform, clip.device)]
 
     @torch.no_grad()
     @autocast(clip.device)
     def model_alone():
-        return [clip.model.encode_image(images).cpu() for _ in range(copies)]
+        return [clip.image_tower(images).cpu() for _ in range(copies)]
 
     with tempfile.TemporaryDirectory() as folder:
         for i in range(n):
             Image.effect_noise((size, size), 64).convert("RGB").save(f"{folder}/{i}.jpg")
-        items = [(Location(folder, f"{i}.jpg"), 0) for i in range(n)] * copies
+        places = [Location(folder, f"{i}.jpg") for i in range(n)] * copies
+        items = [(location, 0) for location in places]
         seconds, _ = watch({
             "evaluation": lambda: encode_images(clip, items, n),
             "loader": lambda: load(clip.preprocess),
@@ -334,8 +375,8 @@ def main():
     add("--classes", type=count, default=1000, help="classes of the images (default: 1000)")
     add("--rounds", type=count, default=7, help="how often each is measured (default: 7)")
     add("--threads", type=count, default=1, help="of a CPU (default: 1)")
-    add("--out", type=Path, default=Path("runs/benchmark.json"),
-        help="where the numbers are stored (default: runs/benchmark.json)")
+    add("--out", type=Path,
+        help="where the numbers are stored (default: runs/benchmark/DEVICE-batchN.json)")
     args = parser.parse_args()
     require_one_process("The benchmark")
     device = get_device()
@@ -350,7 +391,8 @@ def main():
         "batch": args.batch_size, "classes": args.classes, "rounds": args.rounds,
     }
     print(", ".join(f"{name}: {value}" for name, value in about.items()))
-    table = partial(print_table, {**about, "tables": {}}, args.out)
+    out = args.out or Path(f"runs/benchmark/{slug(about['device'])}-batch{args.batch_size}.json")
+    table = partial(print_table, {**about, "tables": {}}, out)
     clip = new_clip(args.model, device)
     batches = {m: new_batch(m, clip, args.batch_size, args.classes) for m in PEERS}
     class_text = unit(args.classes, clip.encode_text(batches["flyp"].prompts[:1]).shape[1])

@@ -5,6 +5,8 @@ place of a mapper's.
 Each network and its features are stored in runs/…/mappers/.
 """
 
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -113,19 +115,12 @@ def clipstyler_losses(network, images, delta_t, encode, patches=4):
     }
 
 
-def split_preprocess(clip):
-    """Return CLIP's preprocessing up to pixels (3, H, W) in [0, 1], and a function that encodes a
-    batch of these: images (B, 3, H, W) -> (z (B, d), feature maps (B, …)).
-    """
-    *first, normalise = clip.preprocess.transforms
-
-    def encode(images):
-        with autocast(clip.device):
-            output = clip.model.forward_intermediates(image=normalise(images))
-        maps = output["image_intermediates"]
-        return output["image_features"].float(), maps[len(maps) // 3].float()
-
-    return Compose(first), encode
+def encode_with_maps(clip, images):
+    """Return (z (B, d), feature maps (B, …)) of images (B, 3, H, W) in [0, 1], with gradient."""
+    with autocast(clip.device):
+        output = clip.model.forward_intermediates(image=clip.normalise(images))
+    maps = output["image_intermediates"]
+    return output["image_features"].float(), maps[len(maps) // 3].float()
 
 
 def train_style(clip, items, delta_t, seed=0, steps=STEPS):
@@ -137,13 +132,13 @@ def train_style(clip, items, delta_t, seed=0, steps=STEPS):
     """
     torch.manual_seed(seed)
     network = StyleNet().to(clip.device)
-    pixels, encode = split_preprocess(clip)
+    encode = functools.partial(encode_with_maps, clip)
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
     order = [torch.randperm(len(items))[:BATCH_SIZE].tolist() for _ in range(steps)]
-    batches = image_batches(items, pixels, order, clip.device)
-    history = []
+    keys = ([(items[i][0], None) for i in rows] for rows in order)
+    batches, history = image_batches(keys, clip.preprocess, clip.device), []
     for images, _ in (bar := progress_bar(batches, desc="style", total=steps, leave=False)):
-        losses = clipstyler_losses(network, images, delta_t.to(clip.device), encode)
+        losses = clipstyler_losses(network, images / 255, delta_t.to(clip.device), encode)
         loss = sum(losses.values())
         if not loss.isfinite():
             fail(f"clipstyler: the loss is {loss.item()} at step {len(history)}. Check the images.")
@@ -157,9 +152,10 @@ def train_style(clip, items, delta_t, seed=0, steps=STEPS):
 
 def repainted_features(clip, network, items):
     """Return ẑ: (N, d) features, on the CPU, of the images of `items` repainted by `network`."""
-    pixels, encode = split_preprocess(clip)
-    batches = image_batches(items, pixels, in_order(len(items), 256), clip.device)
-    return torch.cat([encode(network(images))[0].cpu() for images, _ in batches])
+    keys = in_order([location for location, _ in items], 256)
+    batches = image_batches(keys, clip.preprocess, clip.device)
+    z = [encode_with_maps(clip, network(images / 255))[0].cpu() for images, _ in batches]
+    return torch.cat(z)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -242,10 +238,10 @@ def style_pictures(settings, dataset, clip):
     if "clipstyler" not in recipes_of(settings.methods):
         return {}
     source = settings.source
-    items = dataset.split(source, source, "test", 0)[::30][:10]
-    pixels, _ = split_preprocess(clip)
-    [(images, _)] = image_batches(items, pixels, in_order(len(items), 10), torch.device("cpu"))
-    pictures, network = {source: images}, StyleNet().requires_grad_(False)
+    places = [location for location, _ in dataset.split(source, source, "test", 0)[::30][:10]]
+    [(images, _)] = image_batches(in_order(places, 10), clip.preprocess, torch.device("cpu"))
+    images, network = images / 255, StyleNet().requires_grad_(False)
+    pictures = {source: images}
     for domain in dataset.styles(source):
         content = style_artifact(settings, dataset, clip, domain, 0)
         network.load_state_dict(content["network"])

@@ -241,7 +241,7 @@ class MaPLe(CoOp):
     def encode_image(self, images):
         def tower(images):  # sets the hooks itself, because micro-batches are computed twice
             with self.prompted():
-                return self.clip.model.encode_image(images)
+                return self.clip.image_tower(images)
 
         return self.clip.encode(tower, images.to(self.clip.device))
 

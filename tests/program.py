@@ -9,12 +9,14 @@ in hex digits; tensors are on the CPU.
 import contextlib
 import functools
 import hashlib
+import math
 import sys
 from dataclasses import dataclass, field
 from unittest import mock
 
 import open_clip
 import torch
+from torchvision.transforms import v2
 
 import anchors
 import batches
@@ -76,9 +78,18 @@ def run(paper, folder, *flags):
     the command line, data set and source first. Returns the Record.
     """
     record, job, last = Record(), [], {}
-    loaded = {"images": [], "pairs": []}  # [(locations, pixels)] from the loader, not yet used
+    loaded = []  # Locations of the last step's images and pairs
     true_finetune, true_batches = finetune.finetune, finetune.training_batches
-    true_image_batches = batches.image_batches
+    true_image_batches, true_split = batches.image_batches, features.split_transforms
+
+    def split_on_pil_images(composed):
+        """The program's transforms as open_clip computes them, which is how the oracle does.
+
+        Otherwise pixels differ by rounding: test_data.py says by how much.
+        """
+        _, mean, std = true_split(composed)
+        *steps, _, _ = composed.transforms
+        return v2.Compose([v2.ToPILImage(), *steps, v2.PILToTensor()]), mean, std
 
     def kept(name, function):
         """Return the function, which also stores what it returned last."""
@@ -94,34 +105,32 @@ def run(paper, folder, *flags):
         finally:
             job.pop()
 
-    def image_batches(items, transform, order, device, unreadable=None, draw=()):
-        loader = true_image_batches(items, transform, order, device, unreadable, draw)
-        for images, rows in loader:
-            if draw:  # for training
-                places = [items[i][0] for i in rows.tolist()]
-                loaded[draw[0]].append((places, images.clone()))
-            yield images, rows
+    def image_batches(keys, *args):
+        for images, places in true_image_batches(keys, *args):
+            loaded[:] = places
+            yield images, places
 
     def training_batches(clip, dataset, source, items, schedule, seed, method, z_all, *rest):
         make = true_batches(clip, dataset, source, items, schedule, seed, method, z_all, *rest)
         [*_, current] = job
 
-        def recorded(epoch):
-            for step, batch in enumerate(make(epoch)):
-                about = [*current, epoch, step]
+        def recorded(start_epoch):
+            steps = math.ceil(len(items) / schedule.batch_size)
+            for number, batch in enumerate(make(start_epoch), start_epoch * steps):
+                about = [*current, *divmod(number, steps)]
                 if batch.z is not None:  # the rows of the features tell which images these are
                     same = (batch.z[0][:, None] == z_all[0][None]).all(-1)
                     rows = same.float().argmax(1).tolist()
                     new = TrainingBatch(*about, [items[i][0].path for i in rows], batch.labels)
                 else:
-                    [(places, pixels)] = loaded["images"]
-                    new = TrainingBatch(*about, [at.path for at in places], batch.labels, pixels)
+                    paths = [at.path for at in loaded[:len(batch.labels)]]
+                    pixels = clip.normalise(batch.images)
+                    new = TrainingBatch(*about, paths, batch.labels, pixels)
                     new.prompts, new.captions = batch.prompts, batch.captions
                 if batch.pool_images is not None:
-                    [(places, new.pool_pixels)] = loaded["pairs"]
-                    new.pool, new.pool_texts = [*map(name_of, places)], batch.pool_texts
-                loaded["images"].clear()
-                loaded["pairs"].clear()
+                    new.pool = [*map(name_of, loaded[len(batch.labels):])]
+                    new.pool_pixels = clip.normalise(batch.pool_images)
+                    new.pool_texts = batch.pool_texts
                 record.batches.append(new)
                 yield batch
 
@@ -146,6 +155,7 @@ def run(paper, folder, *flags):
             (finetune, "finetune", finetune_named),
             (finetune, "training_batches", training_batches),
             (batches, "image_batches", image_batches),
+            (features, "split_transforms", split_on_pil_images),
             (sets.load, "load_run", kept("run", sets.load.load_run)),
             (features, "load_clip", kept("clip", features.load_clip)),
             (evaluate, "evaluate", kept("records", evaluate.evaluate)),

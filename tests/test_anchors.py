@@ -555,9 +555,10 @@ def test_a_shard_is_embedded_once(retrieve, tiny_data, tiny_pool, monkeypatch):
     """… whatever k, the test images and the pool's folder are; and again if it changes itself."""
     shards, image_batches = [], anchors.image_batches
 
-    def recorded(items, *arguments):
-        shards.append(Path(items[0][0].path).name)
-        return image_batches(items, *arguments)
+    def recorded(keys, *arguments):
+        keys = [*keys]
+        shards.append(Path(keys[0][0][0].path).name)
+        return image_batches(keys, *arguments)
 
     monkeypatch.setattr(anchors, "image_batches", recorded)
     first, *_ = retrieve()

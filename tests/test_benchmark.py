@@ -177,6 +177,19 @@ def test_arf_loads_twice_as_many_images_as_it_trains_on(inputs):
     assert rates == {"finetune": 6, "flyp": 6, "arf": 12}
 
 
+def test_a_gpus_tables_of_all_batches_are_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PAGES", tmp_path / "docs")
+    for batch, device in ((64, "NVIDIA H100 80GB"), (256, "NVIDIA H100 80GB"), (8, "CPU")):
+        content = {"device": device, "batch": batch, "tables": {}}
+        path = tmp_path / "runs" / f"{batch}.json"
+        benchmark.print_table(content, path, "steps", {"arf": lambda: {"images/s": 10.0 * batch}})
+    [page] = (tmp_path / "docs").iterdir()
+    text = page.read_text()
+    assert page.name == "gpu-nvidia-h100-80gb.md" and text.startswith("# NVIDIA H100 80GB\n")
+    assert "## Batch 64" in text and " 640" in text and "## Batch 256" in text and "2560" in text
+    assert "Batch 8" not in text
+
+
 def test_what_runs_out_of_memory_does_not_stop_the_benchmark(run, monkeypatch):
     def fail(*inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")

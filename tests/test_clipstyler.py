@@ -142,14 +142,14 @@ def test_features_are_those_of_the_repainted_images_in_the_order_asked_for(world
     items = dataset.images["photo"][::-3]
     modules = clipstyler.load_styled_features(settings, dataset, clip, 0, items)
     assert [*modules] == ["sketch", "cartoon"]
-    pixels, encode = clipstyler.split_preprocess(clip)
-    images = torch.stack([pixels(location.open()) for location, _ in items])
+    images = torch.stack([clip.preprocess(location.decode()) for location, _ in items]) / 255
     for domain, module in modules.items():
         network = StyleNet().requires_grad_(False)
         content = load(clipstyler.style_path(settings, dataset, clip, domain, 0))
         network.load_state_dict(content["network"])
         z_hat = module(torch.zeros(len(items), 32))
-        assert torch.allclose(z_hat, encode(network(images))[0], atol=1e-5)
+        expected, _ = clipstyler.encode_with_maps(clip, network(images))
+        assert torch.allclose(z_hat, expected, atol=1e-5)
         assert not any(p.requires_grad for p in module.parameters())
         # at first the network is the identity but for 0.01, so z is near
         z = features.encode_images(clip, items)
@@ -167,13 +167,11 @@ def test_a_stored_network_is_trained_on_its_seeds_images_towards_its_target(worl
         assert content["history"] == history
 
 
-def test_clips_own_preprocessing_is_split_into_pixels_and_the_rest(world):
+def test_images_in_0_to_1_have_clips_own_features_and_maps(world):
     _, dataset, clip = world()
     items = dataset.images["photo"][:4]
-    pixels, encode = clipstyler.split_preprocess(clip)
-    images = torch.stack([pixels(location.open()) for location, _ in items])
-    assert images.min() >= 0 and images.max() <= 1
-    z, maps = encode(images)
+    images = torch.stack([clip.preprocess(location.decode()) for location, _ in items]) / 255
+    z, maps = clipstyler.encode_with_maps(clip, images)
     assert torch.allclose(F.normalize(z, dim=1), features.encode_images(clip, items), atol=1e-5)
     assert len(maps) == 4 and maps.ndim == 4
 
@@ -258,8 +256,8 @@ def test_pictures_are_of_the_source_and_of_each_target(world):
     pictures = clipstyler.style_pictures(settings, dataset, clip)
     assert [*pictures] == ["photo", "sketch", "cartoon"]
     shown = dataset.split("photo", "photo", "test", 0)[::30][:10]
-    pixels, _ = clipstyler.split_preprocess(clip)
-    assert torch.equal(pictures["photo"], torch.stack([pixels(location.open()) for location, _ in shown]))
+    images = torch.stack([clip.preprocess(location.decode()) for location, _ in shown])
+    assert torch.equal(pictures["photo"], images / 255)
     network = StyleNet().requires_grad_(False)
     for domain in ("sketch", "cartoon"):
         content = clipstyler.style_artifact(settings, dataset, clip, domain, 0)

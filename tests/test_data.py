@@ -264,6 +264,79 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image_with_the_reason(tmp_pa
         assert reason("a.jpg") in ("Failed to decode AVIF", "MemoryError")
 
 
+def photograph(width=500, height=375):
+    """An image with edges and smooth parts, as photographs have."""
+    coarse = Image.effect_noise((width // 12, height // 12), 90).resize((width, height), Image.BICUBIC)
+    bands = [coarse, coarse.rotate(90, expand=True).resize((width, height)), Image.linear_gradient("L").resize((width, height))]
+    return Image.merge("RGB", bands)
+
+
+def test_a_decoded_image_is_to_the_bit_the_one_that_pil_opens(tmp_path):
+    """JPEGs, which torchvision decodes, in all variants; and what it does not take."""
+    image, exif = photograph(), Image.Exif()
+    cases = [
+        saved(tmp_path / f"{i}.jpg", image, **options) for i, options in enumerate([
+            {}, {"quality": 30}, {"quality": 100, "subsampling": 0}, {"subsampling": 1}, {"progressive": True},
+            {"optimize": True}, {"restart_marker_blocks": 4},
+        ])
+    ]
+    for orientation in range(10):  # 0 and 9 mean nothing
+        exif[274] = orientation
+        cases.append(saved(tmp_path / f"turned{orientation}.jpg", image, exif=exif))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    cases += [
+        saved(tmp_path / "damaged exif.jpg", image, exif=exif.tobytes()[:-3] + b"\xff\xff\xff"),
+        saved(tmp_path / "xmp.jpg", image, xmp=xmp),
+        saved(tmp_path / "odd.jpg", photograph(101, 67)), saved(tmp_path / "dot.jpg", photograph(13, 13).resize((1, 1))),
+        saved(tmp_path / "grey.jpg", image.convert("L")), saved(tmp_path / "cmyk.jpg", image.convert("CMYK")),
+        saved(tmp_path / "a.png", image), saved(tmp_path / "palette.png", image.quantize(30)),
+        saved(tmp_path / "alpha.png", Image.merge("RGBA", [*image.split(), image.getchannel(0)])),
+        saved(tmp_path / "deep.png", Image.fromarray(np.arange(5000, dtype=np.uint16).reshape(50, 100) * 13)),
+        saved(tmp_path / "a.webp", image), saved(tmp_path / "a.tif", image),
+        data.Location(str(tmp_path), "0.jpg", border=2),
+    ]
+    sizes = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged EXIF
+        for location in cases:
+            got, expected = location.decode(), torch.from_numpy(np.array(location.open())).permute(2, 0, 1)
+            assert got.dtype == torch.uint8 and torch.equal(got, expected), location
+            sizes.add(tuple(got.shape))
+    assert {(3, 375, 500), (3, 500, 375), (3, 371, 496)} <= sizes
+
+
+def test_what_torchvision_does_not_decode_is_pils(tmp_path, monkeypatch):
+    location = saved(tmp_path / "a.jpg", photograph())
+    expected = location.decode()
+    for decoder in (None, lambda *arguments: (_ for _ in ()).throw(RuntimeError("not supported"))):
+        monkeypatch.setattr(data, "decode_jpeg", decoder)
+        assert torch.equal(location.decode(), expected)
+
+
+def test_an_image_that_pil_finds_damaged_is_not_decoded_either(tmp_path):
+    """Whichever byte a JPEG is cut off at, or a few wrong bytes: the same pixels or the same reason."""
+    content = (saved(tmp_path / "a.jpg", photograph(100, 75)).folder, (tmp_path / "a.jpg").read_bytes())[1]
+    generator = np.random.default_rng(0)
+    variants = [content[:n] for n in (0, 1, 2, 10, 100, 300, len(content) // 2, len(content) - 100, len(content) - 2)]
+    for _ in range(100):
+        wrong = bytearray(content)
+        for _ in range(3):
+            wrong[generator.integers(2, len(wrong))] = generator.integers(256)
+        variants.append(bytes(wrong))
+    outcomes = []
+    for variant in variants:
+        (tmp_path / "b.jpg").write_bytes(variant)
+        both, location = [], data.Location(str(tmp_path), "b.jpg")
+        for read in (location.decode, lambda location=location: torch.from_numpy(np.array(location.open())).permute(2, 0, 1)):
+            try:
+                both.append(read().numpy().tobytes())
+            except data.UnreadableImage as error:
+                both.append(str(error))
+        assert both[0] == both[1]
+        outcomes.append(isinstance(both[0], str))
+    assert all(outcomes[:9]) and 5 < sum(outcomes) < 100
+
+
 def test_an_unreadable_image_of_a_data_set_is_one_line(tiny_data, tiny_clip, capsys):
     (tiny_data / "tiny" / "photo" / "dog" / "3.png").write_bytes(b"not an image")
     clip, items = load_clip(tiny_clip, tiny_data), load_dataset("tiny", tiny_data).images["photo"]
@@ -968,9 +1041,29 @@ def test_features_are_unit_norm_in_order_and_of_each_text_its_own(tiny_data, tin
     assert torch.allclose(z[[4]], features.encode_images(clip, items[4:5]), atol=1e-5)
     t = features.encode_texts(clip, ["a dog", "a cat", "a dog"])
     assert torch.equal(t[0], t[2]) and not torch.allclose(t[0], t[1])
-    image = items[0][0].open()
+    image = items[0][0].decode()
     for transform, same in ((clip.preprocess, True), (clip.augment, False)):
         assert (len({transform(image).numpy().tobytes() for _ in range(20)}) == 1) == same
+
+
+@pytest.mark.parametrize("size", [224, (224, 336)])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_images_are_cropped_as_open_clip_crops_pils(size, mode, interpolation):
+    """To the same size, and pixels are within 4/255; augmentation has the same random numbers."""
+    config = {"resize_mode": mode, "interpolation": interpolation, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    scale = open_clip.transform.AugmentationCfg(scale=(0.9, 1.0))
+    for is_train in (False, True):
+        theirs = open_clip.transform.image_transform(size, is_train, **config, aug_cfg=scale if is_train else None)
+        ours, mean, std = features.split_transforms(theirs)
+        for image in (photograph(), photograph(375, 500), photograph(900, 400), photograph(160, 120), photograph(227, 227)):
+            torch.manual_seed(0)
+            expected = theirs(image)
+            torch.manual_seed(0)
+            got = ours(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            assert got.dtype == torch.uint8 and got.shape == expected.shape
+            error = (got / 255 - (expected * std + mean)).abs()
+            assert error.max() <= 4 / 255 and error.mean() < 0.5 / 255
 
 
 @pytest.mark.parametrize("kind, text, length", [

@@ -39,7 +39,7 @@ class World:
         self.names = self.dataset.classnames
         self.items = self.dataset.split("photo", "photo", "train", 0)
         self.labels = torch.tensor([label for _, label in self.items])
-        self.images = torch.stack([self.clip.preprocess(at.open()) for at, _ in self.items])
+        self.images = torch.stack([self.clip.preprocess(at.decode()) for at, _ in self.items])
         self.class_text = features.encode_texts(self.clip, data.class_texts(self.dataset, "photo"))
 
     def strategy(self, train, clip=None, mappers=None, steps=9, **options):
@@ -235,7 +235,7 @@ def test_full_finetuning_takes_wise_fts_first_steps(world):
     parameters = [w, b, *model.visual.requires_grad_().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
     for _ in range(3):
-        z = F.normalize(model.encode_image(world.images), dim=-1)
+        z = F.normalize(world.clip.image_tower(world.images), dim=-1)
         optimizer.zero_grad()
         F.cross_entropy(z @ w.T + b, world.labels).backward()
         optimizer.step()
@@ -435,7 +435,7 @@ def test_maples_towers_take_its_prompts_layer_by_layer(world, monkeypatch, depth
     assert torch.allclose(maple.encode(maple.vectors, maple.tokens), t, atol=1e-6)
 
     visual, coupled = model.visual, [f(v).expand(5, m, 48) for f, v in zip(maple.couplings, maple.vectors)]
-    patches = visual.conv1(images).flatten(2).mT
+    patches = visual.conv1(clip.normalise(images)).flatten(2).mT
     x = torch.cat([visual.class_embedding.expand(5, 1, 48), patches], 1) + visual.positional_embedding
     x = visual.ln_pre(torch.cat([x, coupled[0]], 1))
     for layer, block in enumerate(visual.transformer.resblocks):
