@@ -49,12 +49,13 @@ class Clip:
         return self.model.logit_scale.exp().item()
 
     def reset(self):
-        """Load the weights from before finetuning, and freeze them.
+        """Load the weights from before finetuning, freeze them, and free their gradients.
 
         Frozen: PyTorch's attention rounds differently where gradients are wanted.
         """
         self.model.load_state_dict(self.original)
         self.model.requires_grad_(False)
+        self.model.zero_grad()
 
     def normalise(self, images):
         """Return the towers' input, float32, of images (B, 3, H, W): uint8, or floats in [0, 1]."""
