@@ -193,7 +193,7 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
                 own = rows[rows_of_rank(len(rows))]
                 batch = Batch(labels[rows])
                 keys = [(items[row][0], ("images", seed, epoch, row)) for row in own.tolist()]
-                if method.contrastive:
+                if method.contrastive and method.classes:
                     batch.prompts = tokens[template[own], labels[own]]
                 if method.captions:
                     batch.captions = clip.tokenizer([texts[row] for row in own.tolist()])

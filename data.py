@@ -228,8 +228,8 @@ class Dataset:
     name: str
     folder: Path
     meta: Meta = field(repr=False)
-    classes: list                     # folder names, sorted
-    classnames: list                  # their English names, in the same order
+    classes: list                     # folder names, sorted; none if it has captions only
+    classnames: list                  # their English names, in the same order; "thing" for no class
     images: dict = field(repr=False)  # {domain: items}, class by class, sorted by file name
     captions: Path | None = None      # captions.jsonl, which may not exist yet
     official: dict = field(default_factory=dict, repr=False)  # {domain: paths of its test part}

@@ -10,7 +10,8 @@ over domains, and extended the mean of ID and OOD mean (LADS's measure). Unseen 
 classes that finetuning never saw, in a domain: zero-shot ability; unseen mean is its mean over
 domains. With --base-to-new these are the second half of the data set's classes, and H is the
 harmonic mean of both accuracies in a domain. Accuracy is top-1, over images, in per cent. ECE, the
-expected calibration error, is of the same predictions, in per cent.
+expected calibration error, is of the same predictions, in per cent. A data set without classes is
+measured by retrieval among its held-out pairs of image and caption.
 """
 
 import contextlib
@@ -29,7 +30,14 @@ from core.distributed import progress_bar, require_one_process
 from core.methods import FROZEN_TOWERS, TRAINED, recipes_of
 from core.results import record
 from core.utils import one_line, warn
-from features import cached_features, encode_images, load_clip, towers_of, zero_shot_head
+from features import (
+    cached_features,
+    encode_images,
+    encode_texts,
+    load_clip,
+    towers_of,
+    zero_shot_head,
+)
 from finetune import checkpoint_path, finetune, history_path
 from mapper import describe_run, mapper_artifacts, mapper_records
 from report import figures, quality, tables
@@ -131,6 +139,25 @@ def unseen_accuracies(dataset, images, features_of, head_of):
         "ece": dict(zip(names, [*errors, mean_of(errors)])),
         "n": dict(zip(names, [*n, sum(n)])),
     }
+
+
+def retrieval_recalls(z, t):
+    """Return {"image→text R@k": per cent of images whose own text is among the k nearest of all N
+    texts, "text→image R@k": the same for texts}, for k = 1, 5, 10.
+
+    z, t: (N, d), unit norm, of N pairs.
+    CHOICE: of several captions of an image the first; alternative: all five of COCO's, any of which
+    is right.
+    """
+    values = {}
+    for direction, queries, others in (("image→text", z, t), ("text→image", t, z)):
+        own = (queries * others).sum(1, keepdim=True)                                    # (N, 1)
+        parts = zip(queries.split(1000), own.split(1000))  # N² cosines may not fit into memory
+        # own cosines are summed in another order: what is equal but for rounding is not nearer
+        nearer = torch.cat([(q @ others.T > c + 1e-6).sum(1) for q, c in parts])          # (N,)
+        for k in (1, 5, 10):
+            values[f"{direction} R@{k}"] = 100 * (nearer < k).float().mean().item()
+    return values
 
 
 def harmonic_means(values):
@@ -245,6 +272,9 @@ def test_inputs(settings, dataset, unseen):
     images = [stamps(items) for tested in test_sets for items in tested.images.values()]
     official = sorted(path for paths in dataset.official.values() for path in paths)
     meta = dataset.meta
+    if not dataset.classes:
+        anchors.caption_source(settings, dataset)
+        prompts += data.captions(dataset, dataset.images[settings.source])
     return digest("ECE", images, prompts, meta.fractions, meta.same_stem_same_thing, official)
 
 
@@ -314,8 +344,14 @@ def measure(settings, dataset, unseen, clip, seed, features_of, trained):
 
     trained: as in `head_function`.
     """
-    head_of = head_function(clip, dataset, settings.source, trained)
-    scores = domain_accuracies(dataset, settings.source, seed, features_of, head_of)
+    if dataset.classes:
+        head_of = head_function(clip, dataset, settings.source, trained)
+        scores = domain_accuracies(dataset, settings.source, seed, features_of, head_of)
+    else:
+        pairs = dataset.split(settings.source, settings.source, "test", seed)
+        z = features_of(dataset, settings.source, pairs)
+        values = retrieval_recalls(z, encode_texts(clip, data.captions(dataset, pairs)))
+        scores = {"values": values, "n": dict.fromkeys(values, len(pairs)), "ece": {}}
     if unseen:
         open_head = trained if callable(trained) else None
         head_of = head_function(clip, unseen, settings.source, open_head)

@@ -99,7 +99,7 @@ def arf_losses(clip, batch, mappers=None, lambda_cap=1.0, lambda_ret=1.0, retrie
     pool = (batch.pool_images, batch.pool_texts) if retrieved else (None, None)
     z, z_ret = encode_concat(clip.encode_image, batch.images, pool[0])                      # (b, d)
     t, t_cap, t_ret = encode_concat(clip.encode_text, batch.prompts, batch.captions, pool[1])
-    losses = {"L_cl": l_con(z, t, n)}                                                         # FLYP
+    losses = {} if t is None else {"L_cl": l_con(z, t, n)}                                    # FLYP
     if t_cap is not None:                                                                     # TCAG
         losses["L_cap"] = lambda_cap * l_con(z, t_cap, n)
     if t_ret is not None:                                                                     # ITAR

@@ -271,6 +271,11 @@ def resolve(args, dataset):
     train = args.train or defaults["train"]
     names = [*(args.methods or defaults["methods"]), *(ABLATIONS if args.ablate else ())]
     methods = {name: parse_method(name, train) for name in names}
+    if by_class := [name for name in methods if methods[name].classes and not dataset.classes]:
+        fail(
+            f"{dataset.name} has no classes (folders in its domains), which {by_class[0]} learns "
+            "from. Pass --methods captions, or captions+retrieved."
+        )
     if recipes_of(methods) and not dataset.styles(source):
         fail(
             f"{dataset.name}: all its domains are called {meta.phrases[source]!r}, so no text "

@@ -9,6 +9,8 @@
     flyp+captions, flyp+retrieved, arf (both)     … and on ARF's anchors
     dive, snd             FLYP, and the retrieved pairs' features stay close to the pretrained ones
     dive+captions, arf+dive                       … and on ARF's anchors
+    captions              ARF's loss on captions alone, without class prompts; trains both towers
+    captions+retrieved    … and on retrieved pairs: both need no classes
     coop, cocoop, maple   a prompt; a prompt shifted by each image; deep prompts in both towers
     clipood               the image tower, by a margin softmax, its weights averaged
     coop+ldfs, clipood+lads, arf+ldfs             … and on LDFS's or LADS's features
@@ -88,6 +90,7 @@ class Method:
     retrieved: bool = False    # ARF's image-text anchors
     recipe: str | None = None  # synthesised features: the name of a Recipe
     preserve: str | None = None  # of PRESERVE: losses on how the pairs' features move
+    classes: bool = True       # a loss on the images' classes; False: anchors alone
 
     @property
     def needs_pairs(self):
@@ -147,13 +150,14 @@ def parse_method(text, train="linear"):
             fail(f"--methods {text}: unknown {name!r}.{hint} Known: {', '.join(names)}.")
     if first == "arf":
         first, rest = "flyp", ["captions", "retrieved", *rest]
-    if first in PRESERVE:
+    classes = first != "captions"
+    if first in PRESERVE or not classes:
         first, rest = "flyp", [first, *rest]
     if first not in ("finetune", "flyp", *TRAINED):  # a recipe alone means "finetune" with it
         first, rest = "finetune", [first, *rest]
     recipes = [part for part in rest if part not in anchors]
     preserve = [part for part in PRESERVE if part in rest]
-    several = len(recipes) > 1 or len(preserve) > 1
+    several = len(recipes) > classes or len(preserve) > 1  # without classes there is no recipe
     if several or (first != "flyp" and len(recipes) < len(rest)):
         fail(
             f"--methods {text}: {', '.join(anchors)} go with flyp, and one recipe at most with "
@@ -170,7 +174,7 @@ def parse_method(text, train="linear"):
     return Method(
         strategy, contrastive=first == "flyp", captions="captions" in rest,
         retrieved="retrieved" in rest, recipe=next(iter(recipes), None),
-        preserve=next(iter(preserve), None),
+        preserve=next(iter(preserve), None), classes=classes,
     )
 
 

@@ -255,7 +255,7 @@ def draw_curve(records, path):
     if all(r["alpha"] == 1 for r in records):
         return print("no curve: no weights in between were measured (--alphas 0.2 0.5 0.8)")
     points, start = mean_accuracies(records)
-    other_means = [mean for mean in MEANS[1:] if mean in start]
+    other_means = [mean for mean in MEANS[1:] if {mean, "ID"} <= start.keys()]
     if not other_means:
         return print("no curve: there is no other domain, nor a set of other classes")
     curves = {}  # {Row at α = 1: {α: means}}

@@ -116,6 +116,9 @@ def caption_quality(dataset, items, captions, z, clip):
     people call the thing, the words before the first comma of their description. "CLIP score": mean
     cosine of the image's feature (z is (N, d)) and the caption's, times 100.
     """
+    score = {"CLIP score": 100 * (z * encode_texts(clip, captions)).sum(1).mean().item()}
+    if not dataset.classes:
+        return score
     descriptions, named = read_descriptions(dataset), []
     for (location, label), caption in zip(items, captions):
         nouns = [dataset.classnames[label]]
@@ -125,7 +128,7 @@ def caption_quality(dataset, items, captions, z, clip):
     return {
         "names the class": 100 * statistics.mean(names[0] for names in named),
         "names class or thing": 100 * statistics.mean(map(any, named)),
-        "CLIP score": 100 * (z * encode_texts(clip, captions)).sum(1).mean().item(),
+        **score,
     }
 
 

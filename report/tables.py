@@ -260,7 +260,9 @@ def short_table(records):
     rows = rows_of(records)
     compared = comparisons(rows)
     means = (*MEANS[1:], "H mean")  # H is of ID and unseen, so it is not compared in its own right
-    shown = ["ID", *(key for key in means if any(key in r["values"] for r in records))]
+    recalls = [key for key in records[0]["values"] if key.endswith("R@1")]  # without classes
+    shown = recalls or ["ID"]
+    shown += [key for key in means if any(key in r["values"] for r in records)]
     with_flyp = any(method == "flyp" for *_, method in compared)
     optional = [c for c in compared if with_flyp and c[2] != "flyp"]
     optional += [c for c in compared if c[0] == "ID"]

@@ -12,7 +12,7 @@ from sets.webdataset import read_webdatasets
 
 def read_classes(folder, part):
     """Return (class names, items) of folder/part: its class folders in NFC, sorted, and their
-    images.
+    images. Without class folders the images are those of the folder itself, of label 0.
 
     Exits with status 2 if a class is empty, or a name or a file cannot be used.
     """
@@ -24,7 +24,7 @@ def read_classes(folder, part):
                 fail(f"{path} and {paths[name]} have the same name. Rename one of them.")
             paths[name] = path
     classes, items, ignored = sorted(paths), [], []
-    for y, path in enumerate(paths[name] for name in classes):
+    for y, path in enumerate([paths[name] for name in classes] or [folder / part]):
         try:
             # Folders in a class folder are not searched, unlike torchvision does: often thumbnails.
             with os.scandir(path) as entries:
@@ -35,7 +35,7 @@ def read_classes(folder, part):
             fail(f"{path}: unreadable ({error.strerror}). Check its permissions.")
         except UnicodeEncodeError:
             fail(f"{str(path)!r}, or a file in it, has a name that is not UTF-8. Rename it.")
-        if not images:
+        if classes and not images:
             fail(f"{path} has no images. Fill it, or remove the class from all domains.")
         for file in files:
             is_file = file.is_file(follow_symlinks=False) or os.path.isfile(file)
@@ -43,7 +43,8 @@ def read_classes(folder, part):
                 fail(f"{file.path} is neither a file nor a link to one. Remove it.")
             if is_file and not is_image(file.name):
                 ignored.append(file.path)
-        items += [(Location(str(folder), f"{part}/{path.name}/{image}"), y) for image in images]
+        inner = path.relative_to(folder).as_posix()
+        items += [(Location(str(folder), f"{inner}/{image}"), y) for image in images]
     if ignored:
         warn(f"{folder / part}: {len(ignored)} files are not images ({min(ignored)} …)")
     return classes, items
@@ -57,9 +58,9 @@ def read_domains(folder, meta):
             absent[domain] = f"no images, because {folder / domain} does not exist"
             continue
         names, images[domain] = read_classes(folder, domain)
-        if not names:
+        if not images[domain]:
             fail(f"{folder / domain} has no class folders. Fill it, or remove it.")
-        classes = classes or names
+        classes = names if classes is None else classes
         if odd := sorted({*names} ^ {*classes}):
             first = next(iter(images))
             fail(f"{folder / domain} has other classes than {first}: not in both: {odd[:5]}.")
@@ -67,7 +68,8 @@ def read_domains(folder, meta):
             official[domain] = read_test_list(file, images[domain])
     return {
         "meta": meta, "classes": classes, "images": images, "official": official,
-        "absent": absent, "classnames": english_names(folder, classes, meta.classnames),
+        "absent": absent,
+        "classnames": english_names(folder, classes, meta.classnames) or ["thing"],
     }
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import tarfile
@@ -61,6 +62,27 @@ def five_classes(tiny_data):
                 row = {"path": f"{domain}/{new}/{path.name}", "caption": f"a {new} {path.stem}"}
                 captions.append(row)
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    return tiny_data
+
+
+@pytest.fixture
+def classless(tiny_data):
+    """The folder of `tiny_data`, whose tiny has no classes: its images are in the domains' folders.
+
+    The set with classes is beside it, as "labelled", and is its unseen one.
+    """
+    folder = tiny_data / "tiny"
+    shutil.copytree(folder, tiny_data / "labelled")
+    description = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**description, "unseen": "labelled"}))
+    for path in sorted(folder.glob("*/*/*.png")):
+        path.rename(path.parent.with_name(path.parent.name + path.name))
+    for path in folder.glob("*/*/"):
+        path.rmdir()
+    captions = (folder / "captions.jsonl").read_text()
+    for name in COLOURS:
+        captions = captions.replace(f"/{name}/", f"/{name}")
+    (folder / "captions.jsonl").write_text(captions)
     return tiny_data
 
 

@@ -150,6 +150,25 @@ def test_a_run_from_base_to_new_is_apart_from_others(five_classes, tmp_path, mon
     assert "classes     3: cat, cow, dog; new: owl, red house\n" in describe(settings, dataset, "cpu")
 
 
+def test_a_data_set_of_captions_has_no_classes(classless, tmp_path, capsys):
+    """Its images are in the domain's folder; what learns from classes is refused by name."""
+    dataset = load_dataset("tiny", classless)
+    assert dataset.classes == [] and {y for _, y in dataset.images["photo"]} == {0}
+    assert paths(dataset.images["photo"])[:2] == ["photo/cat0.png", "photo/cat1.png"]
+    parts = [dataset.split("photo", "photo", part, 0) for part in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [18, 3, 9] and sorted(sum(parts, [])) == dataset.images["photo"]
+    assert data.captions(dataset, dataset.images["photo"])[:2] == ["a cat number 0", "a cat number 1"]
+    argv = ["tiny", "--data", str(classless), "--run", str(tmp_path / "run")]
+    for method in ("finetune", "flyp", "arf", "ldfs", "coop", "dive"):
+        line = refusal(capsys, lambda: load_run(parse("", [*argv, "--methods", "captions", method])))
+        assert f"tiny has no classes (folders in its domains), which {method} learns from" in line
+        assert "captions+retrieved" in line
+    load_run(parse("", [*argv, "--methods", "captions", "captions+retrieved"]))
+    (classless / "tiny" / "sketch" / "cat").mkdir()
+    shutil.copy(classless / "tiny" / "sketch" / "cat0.png", classless / "tiny" / "sketch" / "cat")
+    assert "sketch has other classes than photo" in refusal(capsys, lambda: load_dataset("tiny", classless))
+
+
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 

@@ -309,6 +309,51 @@ def test_calibration_is_measured_at_the_temperature_of_training(run):
     clip.reset()
 
 
+def test_recalls_are_those_of_a_slow_loop():
+    generator = torch.Generator().manual_seed(0)
+    z, noise = torch.nn.functional.normalize(torch.randn(2, 1200, 16, generator=generator), dim=-1)
+    t = torch.nn.functional.normalize(z + 2 * noise, dim=-1)
+    t[1] = t[0]  # the same caption twice: either is right
+    values = evaluate.retrieval_recalls(z, t)
+    for name, cosines in (("image→text", z @ t.T), ("text→image", t @ z.T)):
+        for k in (1, 5, 10):
+            hits = 0
+            for i, row in enumerate(cosines.tolist()):
+                hits += sum(other > row[i] + 1e-6 for other in row) < k
+            assert values[f"{name} R@{k}"] == pytest.approx(100 * hits / 1200, abs=1e-4)
+    assert set(evaluate.retrieval_recalls(z, z).values()) == {100}
+
+
+def test_pairs_without_classes_by_hand(classless, run, tiny_pool, script):
+    """Retrieval among the held-out pairs, and accuracy on the labelled set, before and after."""
+    flags = "--methods", "captions", "captions+retrieved", "--alphas", "0.5", "--lr", "0.01"
+    flags = *flags, "--pool", str(tiny_pool), "--same", "0.999999"
+    records = run(*flags)
+    clip, dataset = run.clip, run.dataset
+    test = dataset.split("photo", "photo", "test", 0)
+    texts = [f"a {name} number {i}" for at, _ in test for name, i in [(at.path[6:-5], at.path[-5])]]
+    labelled = load_dataset("labelled", classless)
+    tuned = features.towers_of(torch.load(run.checkpoint("captions"))["modules"])
+    half = {k: torch.lerp(v, tuned[k], 0.5) for k, v in clip.original.items()}
+    for key, state in ((("zero-shot", 1), clip.original), (("captions", 1), tuned), (("captions", 0.5), half)):
+        clip.model.load_state_dict(state)
+        z, t = features.encode_images(clip, test), features.encode_texts(clip, texts)
+        values = evaluate.retrieval_recalls(z, t)
+        head = features.encode_texts(clip, ["a photo of a cat", "a photo of a dog", "a photo of a red house"])
+        z = features.encode_images(clip, labelled.images["sketch"])
+        hits = (z @ head.T).argmax(1) == torch.tensor([y for _, y in labelled.images["sketch"]])
+        values["unseen sketch"] = 100 * hits.float().mean().item()
+        measured = records[key]["values"]
+        assert {k: measured[k] for k in values} == pytest.approx(values, abs=1e-4)
+        assert measured.keys() - values == {"unseen photo", "unseen cartoon", "unseen mean"}
+    clip.reset()
+    out = script("run.py", *run.flags, *flags)
+    assert "image→text R@1" in out.stdout and " ID " not in out.stdout and "no figure" not in out.stderr
+    rows = [json.loads(line) | {"caption": "a thing"} for line in dataset.captions.read_text().splitlines()]
+    dataset.captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--methods", "captions")["zero-shot", 1.0]["values"]["image→text R@1"] == 100  # all are right
+
+
 def test_what_is_scored_is_not_scored_again_but_changed_images_are(run, tiny_data, tmp_path, monkeypatch):
     methods = "--methods", "finetune", "--train", "full", "--alphas", "0.5"
     first = run(*methods)

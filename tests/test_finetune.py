@@ -146,6 +146,8 @@ def test_arf_losses_are_open_clips_losses_weighted():
     loss, labels = open_clip.ClipLoss(), torch.zeros(6)
     batch = batches.Batch(labels, images=z, prompts=prompts)
     assert arf_losses(Encoder, batch).keys() == {"L_cl"}  # FLYP
+    batch = batches.Batch(labels, images=z, captions=captions)
+    assert arf_losses(Encoder, batch) == {"L_cap": pytest.approx(loss(z, captions, 14.0))}  # without classes
     batch = batches.Batch(labels, None, z, prompts, captions, pool_z, pool_t, 4)
     got = arf_losses(Encoder, batch, {"sketch": m}, 0.5, 2.0)
     expected = {
@@ -523,6 +525,27 @@ def test_each_anchor_changes_what_is_learned(anchored, fixed_mapper):
     assert all(not torch.allclose(a, b) for i, a in enumerate(states) for b in states[:i])
 
 
+def test_captions_alone_are_the_caption_loss_of_arf(anchored):
+    """That is, FLYP whose prompts are the images' captions."""
+    alone = anchored.run("captions")["towers.text_projection"]
+    for method in ("flyp+captions", "captions+retrieved"):
+        assert not torch.allclose(alone, anchored.run(method)["towers.text_projection"])
+    texts = data.captions(anchored.dataset, anchored.dataset.split("photo", "photo", "train", 0))
+    true_batches = finetune.training_batches
+
+    def captions_as_prompts(clip, dataset, source, items, schedule, seed, method, z, *rest):
+        make = true_batches(clip, dataset, source, items, schedule, seed, parse_method("captions"), z, texts)
+
+        def epoch(number):
+            for batch in make(number):
+                yield replace(batch, prompts=batch.captions, captions=None)
+
+        return epoch
+
+    with mock.patch.object(finetune, "training_batches", captions_as_prompts):
+        assert torch.equal(alone, anchored.run("flyp")["towers.text_projection"])
+
+
 def test_a_weight_of_zero_is_the_method_without_that_loss(anchored):
     flyp = anchored.run("flyp")["towers.text_projection"]
     arf = anchored.run("arf", lambda_cap=0.0, lambda_ret=0.0)["towers.text_projection"]
@@ -708,12 +731,14 @@ def test_several_processes_train_as_one(anchored, tiny_data, tiny_clip, tmp_path
     ("dive", Method("towers", True, preserve="dive")), ("snd", Method("towers", True, preserve="snd")),
     ("dive+captions", Method("towers", True, captions=True, preserve="dive")),
     ("arf+dive", Method("towers", True, True, True, preserve="dive")),
+    ("captions", Method("towers", True, captions=True, classes=False)),
+    ("captions+retrieved", Method("towers", True, True, True, classes=False)),
 ])
 def test_methods_are_named_by_their_parts(text, method):
     assert parse_method(text, "full") == method
 
 
-@pytest.mark.parametrize("text", ["finetune+captions", "ldfs+retrieved", "flyp+lads+ldfs", "arff", "dive+snd", "full+dive", ""])
+@pytest.mark.parametrize("text", ["finetune+captions", "ldfs+retrieved", "flyp+lads+ldfs", "arff", "dive+snd", "full+dive", "captions+ldfs", "captions+flyp", ""])
 def test_unknown_methods_are_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_method(text)
