@@ -197,6 +197,8 @@ def load_clip(settings):
         model.load_state_dict(tuned, strict=False)
     model.to(memory_format=torch.channels_last)  # halves the time of depthwise convolutions
     model.eval().requires_grad_(False)
+    if settings.compile:
+        compile_towers(model)
     clip = Clip(
         model, preprocess, augment, tokenizer, device, settings.model, mean.to(device),
         std.to(device), (base, pretrained), weights=weights, micro_batch=settings.micro_batch,
@@ -207,6 +209,18 @@ def load_clip(settings):
         mean, std, tokenizer_state(tokenizer),
     )
     return clip
+
+
+def compile_towers(model):
+    """Let PyTorch compile the image tower, and the blocks of the text tower, in place.
+
+    Blocks, because a new hook on the text tower crops each batch of texts, and it would be compiled
+    anew for each.
+    """
+    text = getattr(model, "text", model)
+    blocks = getattr(getattr(text, "transformer", None), "resblocks", ())
+    for module in (model.visual, *blocks):
+        module.compile()
 
 
 def create(name, pretrained, device):

@@ -12,6 +12,7 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
+import faiss
 import pytest
 import torch
 import torch.nn.functional as F
@@ -405,6 +406,22 @@ def test_the_script_needs_the_name_of_a_stage(script, arguments):
 
 # -------------------------------------------------------------------------------------------------
 # Retrieval
+
+
+@pytest.mark.parametrize("n_queries", [7, 399, 400])
+def test_few_queries_and_many_find_the_same(n_queries):
+    """… by matrix products and by FAISS; of equal cosines, also below 0, the lower id is first."""
+    generator = torch.Generator().manual_seed(0)
+    queries, pool = (F.normalize(torch.randn(n, 16, generator=generator)) for n in (n_queries, 900))
+    scores, ids = anchors.search(queries, [pool[:500], pool[500:]], 5)
+    index = faiss.IndexFlatIP(16)
+    index.add(pool.numpy())
+    expected_scores, expected_ids = index.search(queries.numpy(), 5)
+    assert ids.tolist() == expected_ids.tolist()
+    assert torch.allclose(scores, torch.from_numpy(expected_scores), atol=1e-6)
+    twins = pool[:1].repeat(9, 1)
+    for query in (pool[:1], -pool[:1]):
+        assert anchors.top_k(query, twins, 4)[1].tolist() == [[0, 1, 2, 3]]
 
 
 def test_the_search_is_exact_and_shards_do_not_matter():
