@@ -35,7 +35,7 @@ from core.distributed import (
 )
 from core.memory import bytes_per_row, fitting_micro_batch, free_bytes
 from core.methods import FROZEN_TOWERS, option_matters
-from core.utils import fail, is_out_of_memory
+from core.utils import fail, is_out_of_memory, one_line, warn
 from features import cached_features, load_clip, zero_shot_head
 from losses import average_vector, clip_contrastive, pairwise_vector
 from mapper import describe_run, load_mappers, mapper_path
@@ -409,13 +409,11 @@ def choose_micro_batch(settings, dataset, clip):
     methods = [m for m in settings.methods.values() if m.train not in FROZEN_TOWERS]
     if settings.micro_batch or clip.device.type != "cuda" or not methods:
         return
-    clip.model.requires_grad_()
-    image = clip.augment(torch.zeros(3, 256, 256, dtype=torch.uint8))[None]
-    text = clip.tokenizer(data.class_texts(dataset, settings.source)[:1])
-    image_bytes = bytes_per_row(clip.encode_image, image.to(clip.device))
-    # without encode_text, which encodes equal texts once
-    text_bytes = bytes_per_row(partial(clip.encode, clip.model.encode_text), text.to(clip.device))
-    clip.reset()
+    try:
+        image_bytes, text_bytes = measure_rows(settings, dataset, clip)
+    except RuntimeError as error:  # of an allocator that keeps no statistics
+        warn(f"the free memory is not known ({one_line(error)}); --micro-batch sets what to use")
+        return
     n_parameters = sum(p.numel() for p in clip.model.parameters())
     sizes = []
     for method in methods:
@@ -428,6 +426,18 @@ def choose_micro_batch(settings, dataset, clip):
     clip.micro_batch = agree(min((size for size in sizes if size), default=None))
     if clip.micro_batch:
         main_print(f"micro-batch {clip.micro_batch}, because the whole batch does not fit")
+
+
+def measure_rows(settings, dataset, clip):
+    """Return the bytes that an image and a text take in training, on a GPU."""
+    clip.model.requires_grad_()
+    image = clip.augment(torch.zeros(3, 256, 256, dtype=torch.uint8))[None].to(clip.device)
+    text = clip.tokenizer(data.class_texts(dataset, settings.source)[:1]).to(clip.device)
+    try:
+        encode = partial(clip.encode, clip.model.encode_text)  # encode_text takes equal texts once
+        return bytes_per_row(clip.encode_image, image), bytes_per_row(encode, text)
+    finally:
+        clip.reset()
 
 
 def finetune_all(settings, dataset, clip):

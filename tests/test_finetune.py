@@ -690,10 +690,9 @@ def test_on_a_gpu_the_micro_batch_is_chosen_before_training(
     settings, dataset = make_settings(tiny_data, tiny_clip, tmp_path / "run", *flags)
     settings.methods = {"arf": parse_method("arf"), "ldfs": parse_method("ldfs")}
     clip = replace(features.load_clip(settings), device=SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(finetune, "bytes_per_row", lambda encode, row: 5 * 10**5)
+    monkeypatch.setattr(finetune, "measure_rows", lambda *args: (5 * 10**5, 5 * 10**5))
     states = 12 * sum(p.numel() for p in clip.model.parameters())
     monkeypatch.setattr(finetune, "free_bytes", lambda: states + (rows + 0.5) * 5 * 10**5 / 0.9)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: x)
     finetune.choose_micro_batch(settings, dataset, clip)
     assert clip.micro_batch == expected
 
