@@ -246,15 +246,15 @@ def top_k(queries, z, k):
 
     Of equal cosines the lower row comes first, as torch.topk does not promise.
     """
-    found = []
+    parts = []
     for block in queries.split(max(1, 2**25 // len(z))):
         cosines = block @ z.T                                                            # (b, n)
         order = cosines.view(torch.int32).long()  # in the order of the cosines, if made so below 0
         order = torch.where(order < 0, -(order & 0x7FFFFFFF), order)
         keys = order * 2**32 - torch.arange(len(z), device=z.device)
         ids = -keys.topk(k, dim=1).values % 2**32
-        found.append((cosines.gather(1, ids).cpu(), ids.cpu()))
-    return tuple(map(torch.cat, zip(*found)))
+        parts.append((cosines.gather(1, ids).cpu(), ids.cpu()))
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def merge(parts, n_queries, k):

@@ -205,7 +205,7 @@ def make_parser(doc="", stage=None):
         help="images and texts that a tower encodes at a time, computed again in the backward "
         "pass: less memory, a third slower (default: all)")
     add("--compile", action="store_true",
-        help="let PyTorch compile both towers, for a GPU (default: off)")
+        help="let PyTorch compile both towers (default: off)")
     add("--lr", type=positive, help="peak learning rate (default: SCHEDULES)")
     add("--lambda-cap", type=weight, default=1.0, help="weight of ARF's caption loss (default: 1)")
     add("--lambda-ret", type=weight, default=1.0, help="weight of its loss on pairs (default: 1)")

@@ -401,7 +401,7 @@ def test_a_captioner_that_does_not_exist_is_one_line(path, script, tiny_data):
 @pytest.mark.parametrize("arguments", [[], ["captions", "tiny"], ["tiny", "photo"]])
 def test_the_script_needs_the_name_of_a_stage(script, arguments):
     assert "anchors.py caption|retrieve" in script("anchors.py", *arguments, code=2).stderr
-    assert "--captioner" in script("anchors.py", "--help").stdout
+    assert "--captioner" in script("anchors.py", "caption", "--help").stdout
 
 
 # -------------------------------------------------------------------------------------------------
