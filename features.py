@@ -49,12 +49,13 @@ class Clip:
         return self.model.logit_scale.exp().item()
 
     def reset(self):
-        """Load the weights from before finetuning, and freeze them.
+        """Load the weights from before finetuning, freeze them, and free their gradients.
 
         Frozen: PyTorch's attention rounds differently where gradients are wanted.
         """
         self.model.load_state_dict(self.original)
         self.model.requires_grad_(False)
+        self.model.zero_grad()
 
     def normalise(self, images):
         """Return the towers' input, float32, of images (B, 3, H, W): uint8, or floats in [0, 1]."""
@@ -75,9 +76,12 @@ class Clip:
         A text that occurs several times is encoded once.
         """
         unique, inverse = tokens.unique(dim=0, return_inverse=True)
+        length = used_length(unique)
+        if self.device.type == "cuda":
+            unique, length = in_few_shapes(unique, length, self.micro_batch)
 
         def tower(rows):  # cropped here, because micro-batches are computed again
-            with cropped(self.model, unique):
+            with cropped(self.model, length):
                 return self.model.encode_text(rows)
 
         return self.encode(tower, unique.to(self.device))[inverse.to(self.device)]
@@ -101,22 +105,38 @@ class Clip:
         return torch.cat([checkpoint(features, part, use_reentrant=False) for part in x.split(n)])
 
 
+def used_length(tokens):
+    """Return the length of texts, (N, L), without the padding that all of them share."""
+    differ = (tokens != tokens[:, -1:]).any(0).nonzero()    # from the last token, usually padding
+    return differ.max().item() + 2 if len(differ) else 1    # one more: padding may be the end token
+
+
+def in_few_shapes(tokens, length, micro_batch=None):
+    """Return tokens (N, L) with N padded to a multiple of 64, and `length` of one of 8, at most L.
+
+    A GPU's memory allocator, cuBLAS and torch.compile prepare for each shape that occurs. Of micro
+    batches all have one shape if N is a multiple of their size.
+    """
+    n, context = tokens.shape
+    multiple = min(64, micro_batch or 64)
+    padding = tokens[:1].expand(-n % multiple, -1)
+    return torch.cat([tokens, padding]), min(length + -length % 8, context)
+
+
 @contextlib.contextmanager
-def cropped(model, tokens):
-    """Within the context, open_clip's text tower skips the padding that all texts, (N, L), share.
+def cropped(model, length):
+    """Within the context, open_clip's text tower computes the first `length` tokens only.
 
     This holds for causal towers (recognised by their mask) that take the feature at the end token:
     no token that counts sees the padding, so only rounding changes.
     """
     text = getattr(model, "text", model)
     pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
-    differ = (tokens != tokens[:, -1:]).any(0).nonzero()  # from the last token, usually padding
-    end = differ.max().item() + 2 if len(differ) else 1   # one more: padding may be the end token
 
     def crop(module, args, kwargs):
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.ndim == 2 and pool in ("argmax", "eos"):
-            return (args[0][:, :end],), {**kwargs, "attn_mask": mask[:end, :end]}
+            return (args[0][:, :length],), {**kwargs, "attn_mask": mask[:length, :length]}
 
     hook = text.transformer.register_forward_pre_hook(crop, with_kwargs=True)
     try:
@@ -177,6 +197,8 @@ def load_clip(settings):
         model.load_state_dict(tuned, strict=False)
     model.to(memory_format=torch.channels_last)  # halves the time of depthwise convolutions
     model.eval().requires_grad_(False)
+    if settings.compile:
+        compile_towers(model)
     clip = Clip(
         model, preprocess, augment, tokenizer, device, settings.model, mean.to(device),
         std.to(device), (base, pretrained), weights=weights, micro_batch=settings.micro_batch,
@@ -187,6 +209,18 @@ def load_clip(settings):
         mean, std, tokenizer_state(tokenizer),
     )
     return clip
+
+
+def compile_towers(model):
+    """Let PyTorch compile the image tower, and the blocks of the text tower, in place.
+
+    Blocks, because a new hook on the text tower crops each batch of texts, and it would be compiled
+    anew for each.
+    """
+    text = getattr(model, "text", model)
+    blocks = getattr(getattr(text, "transformer", None), "resblocks", ())
+    for module in (model.visual, *blocks):
+        module.compile()
 
 
 def create(name, pretrained, device):

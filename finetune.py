@@ -12,6 +12,7 @@ linear head, which takes seconds, from its start).
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -32,8 +33,9 @@ from core.distributed import (
     progress_bar,
     rank_and_world,
 )
+from core.memory import bytes_per_row, fitting_micro_batch, free_bytes
 from core.methods import FROZEN_TOWERS, option_matters
-from core.utils import fail, is_out_of_memory
+from core.utils import fail, is_out_of_memory, one_line, warn
 from features import cached_features, load_clip, zero_shot_head
 from losses import average_vector, clip_contrastive, pairwise_vector
 from mapper import describe_run, load_mappers, mapper_path
@@ -402,8 +404,45 @@ def prepare(settings, dataset, clip, name, seed, method, init, items):
     return strategy, batches
 
 
+def choose_micro_batch(settings, dataset, clip):
+    """Set the rows that a tower encodes at a time to --micro-batch, or on a GPU to what fits."""
+    methods = [m for m in settings.methods.values() if m.train not in FROZEN_TOWERS]
+    if settings.micro_batch or clip.device.type != "cuda" or not methods:
+        return
+    try:
+        image_bytes, text_bytes = measure_rows(settings, dataset, clip)
+    except RuntimeError as error:  # of an allocator that keeps no statistics
+        warn(f"the free memory is not known ({one_line(error)}); --micro-batch sets what to use")
+        return
+    n_parameters = sum(p.numel() for p in clip.model.parameters())
+    sizes = []
+    for method in methods:
+        rows = math.ceil(settings.schedules[method.train].batch_size / rank_and_world()[1])
+        images = rows * (1 + method.needs_pairs)
+        texts = rows * (1 + method.captions + method.needs_pairs) if method.contrastive else 0
+        states = 4 * n_parameters * (3 + (method.preserve is not None))  # gradients, AdamW, a copy
+        free = free_bytes() - states
+        sizes.append(fitting_micro_batch(images, texts, image_bytes, text_bytes, free))
+    clip.micro_batch = agree(min((size for size in sizes if size), default=None))
+    if clip.micro_batch:
+        main_print(f"micro-batch {clip.micro_batch}, because the whole batch does not fit")
+
+
+def measure_rows(settings, dataset, clip):
+    """Return the bytes that an image and a text take in training, on a GPU."""
+    clip.model.requires_grad_()
+    image = clip.augment(torch.zeros(3, 256, 256, dtype=torch.uint8))[None].to(clip.device)
+    text = clip.tokenizer(data.class_texts(dataset, settings.source)[:1]).to(clip.device)
+    try:
+        encode = partial(clip.encode, clip.model.encode_text)  # encode_text takes equal texts once
+        return bytes_per_row(clip.encode_image, image), bytes_per_row(encode, text)
+    finally:
+        clip.reset()
+
+
 def finetune_all(settings, dataset, clip):
     """Train every method with every seed; what is stored is not trained again."""
+    choose_micro_batch(settings, dataset, clip)
     jobs = [(seed, name) for seed in range(settings.seeds) for name in settings.methods]
     for seed, name in (bar := progress_bar(jobs, desc="finetuning", unit="run")):
         bar.set_postfix_str(f"{name}, seed {seed}")

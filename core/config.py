@@ -167,9 +167,9 @@ def make_parser(doc="", stage=None):
         "arf: full); flyp and arf train both towers")
     add("--seeds", type=count, help="seeds 0 … N-1: split, start, order (default: 3; arf: 1)")
     add("--shots", type=count, help="training images of each class (default: all)")
-    add("--base-to-new", action="store_true",
-        help="train on the first half of the classes; the others are the unseen ones (CoOp's "
-        "protocol; default: off)")
+    add("--base-to-new", action="store_true", stages=STAGES,
+        help="train on the first half of the classes; the others are the unseen ones, as CoOp's "
+        "protocol has it (default: off)")
 
     add = group("captions (anchors.py caption)", MAKES_CAPTIONS)
     add("--captioner", type=text,
@@ -204,6 +204,8 @@ def make_parser(doc="", stage=None):
     add("--micro-batch", type=count, metavar="N",
         help="images and texts that a tower encodes at a time, computed again in the backward "
         "pass: less memory, a third slower (default: all)")
+    add("--compile", action="store_true",
+        help="let PyTorch compile both towers (default: off)")
     add("--lr", type=positive, help="peak learning rate (default: SCHEDULES)")
     add("--lambda-cap", type=weight, default=1.0, help="weight of ARF's caption loss (default: 1)")
     add("--lambda-ret", type=weight, default=1.0, help="weight of its loss on pairs (default: 1)")

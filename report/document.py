@@ -10,6 +10,7 @@ A document is written by hand, except for what is between a mark and its end:
     <!-- output … -->    the same as `report.tables` prints it: "seeds: 3; emoji-3d: finetune, ldfs"
     <!-- claims -->      a table whose cells "verdict" and "difference" follow from its cell "of"
     <!-- published -->   what others measured
+    <!-- speed … -->     a table of `python -m benchmark --out docs/results/speed.json`
     <!-- end -->
 
 The pictures that docs/results/NAME/README.md shows are drawn from the rows, or copied by --add.
@@ -21,7 +22,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from core.artifacts import write_atomically
+from core.artifacts import load, write_atomically
 from core.config import Parser
 from core.results import ROWS, read_records, write_records
 from core.utils import ROOT, fail
@@ -41,7 +42,7 @@ from report.tables import (
 
 RESULTS = ROOT / "docs/results"
 MARK = re.compile(
-    r"(<!-- (tables|table|output|claims|published)\b(.*?)-->\n)(.*?)<!-- end -->", re.S
+    r"(<!-- (tables|table|output|claims|published|speed)\b(.*?)-->\n)(.*?)<!-- end -->", re.S
 )
 PICTURE = re.compile(r"!\[.*?\]\(([^/)]+\.png)\)")
 CLAIM = re.compile(r"\[(\S+)\]\(\S+\) (.+): (.+) less (.+)")
@@ -68,6 +69,8 @@ def with_tables(text, folder):
             return f"{mark}{output(*parse_list(listed))}\n<!-- end -->"
         elif kind == "claims":
             content = with_verdicts(content.strip())
+        elif kind == "speed":
+            content = speed_table(listed.strip())
         else:
             names = {name for entry in PUBLISHED for name in entry["datasets"]}
             content = titled(published(names))
@@ -143,6 +146,24 @@ def output(runs, settings):
     return textwrap.indent(text.split("\n\n", 1)[1], "    ")
 
 
+def speed_table(title):
+    """Return the markdown of one table of docs/results/speed.json, and what it was measured on."""
+    content = load(RESULTS / "speed.json")
+    rows = content["tables"][title]
+    columns = [*dict.fromkeys(column for row in rows for column in row)]
+    values = [[row.get(column, "") for column in columns] for row in rows]
+    about = ", ".join(f"{key} {value}" for key, value in content.items() if key != "tables")
+    lines = [[number_text(value) for value in line] for line in values]
+    return f"{markdown(columns, lines)}\n\nMeasured on: {about}."
+
+
+def number_text(value):
+    """Return a number with three digits, or more before the point; other values as they are."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 # -------------------------------------------------------------------------------------------------
 # Claims
 
@@ -165,8 +186,8 @@ def with_verdicts(table):
 
 def judge(run, measure, label, rival):
     """Return (verdict, "+2.5 ± 0.9, in 5 of 5 seeds") of the claim that one method is ahead."""
-    values, others = (seed_values(run, measure, name) for name in (label, rival))
-    differences = [values[seed] - others[seed] for seed in values if seed in others]
+    values, rival_values = (seed_values(run, measure, name) for name in (label, rival))
+    differences = [values[seed] - rival_values[seed] for seed in values if seed in rival_values]
     ahead = sum(x > 0 for x in differences)
     verdict = "reproduced" if ahead == len(differences) else "not reproduced"
     if all(x < 0 for x in differences):

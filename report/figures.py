@@ -99,7 +99,7 @@ def hide_frame(axis):
 
 
 def draw_figure4(path, targets):
-    """Draw LDFS's figure 4, for each target a file: figure4.png becomes figure4-sketch.png.
+    """Draw LDFS's figure 4 into a file per target: figure4.png becomes figure4-sketch.png.
 
     targets: {domain: rows for draw_neighbours}.
     """
@@ -198,6 +198,7 @@ def draw_losses(histories, path):
             rate.plot(epochs, [entry["lr"] for entry in history], ":", color="grey", linewidth=1)
             rate.set(yticks=[], ylim=(0, None))
         decorate(axis, "", "", INSIDE)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(label, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.set(zorder=1, facecolor="none")  # in front of the learning rate's axis
@@ -241,11 +242,11 @@ def error_bars(axis, x, y, color):
     )
 
 
-def title_of(what, records):
+def title_of(subject, records):
     """Return a figure's title: what it compares, on which data, over how many seeds."""
     seeds = len({r["seed"] for r in records})
     bars = f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed"
-    return "{}\n{dataset}, trained on {source}; {}".format(what, bars, **records[0])
+    return "{}\n{dataset}, trained on {source}; {}".format(subject, bars, **records[0])
 
 
 def draw_curve(records, path):
@@ -276,8 +277,8 @@ def draw_curve(records, path):
                     error_bars(axis, *at[alpha], color)
         axis.plot(start[other][0], start["ID"][0], "k*", markersize=14, label="zero-shot (α = 0)")
         decorate(axis, other, "ID", legend=axis is axes[-1] and OUTSIDE)
-    what = "Between zero-shot (α = 0) and finetuned weights (open: α = 0.5, filled: α = 1)"
-    figure.suptitle(title_of(what, records), fontsize=10)
+    subject = "Between zero-shot (α = 0) and finetuned weights (open: α = 0.5, filled: α = 1)"
+    figure.suptitle(title_of(subject, records), fontsize=10)
     save(figure, path)
 
 
@@ -312,8 +313,8 @@ def draw_against(setting, records, path):
                 error_bars(axis, *at, color)
         axis.set_xticks(range(len(values)), [f"{v:g}".replace("inf", "all") for v in values])
         decorate(axis, SETTINGS[setting], mean, legend=axis is axes[-1] and OUTSIDE)
-    what = f"Accuracy by {SETTINGS[setting]}"
-    figure.suptitle(title_of(what, records), fontsize=10)
+    subject = f"Accuracy by {SETTINGS[setting]}"
+    figure.suptitle(title_of(subject, records), fontsize=10)
     save(figure, path, fail)
 
 
@@ -345,8 +346,8 @@ def draw_strategies(records, path):
     for recipe, dash in dashes.items():
         axis.plot([], [], color="grey", linestyle=dash, label=f"with {recipe}'s features")
     decorate(axis, "ID", "OOD mean", OUTSIDE)
-    what = "Strategies without → with synthesised features"
-    figure.suptitle(title_of(what, records), fontsize=10)
+    subject = "Strategies without → with synthesised features"
+    figure.suptitle(title_of(subject, records), fontsize=10)
     save(figure, path, fail)
 
 

@@ -91,9 +91,9 @@ def main():
     for degree in DEGREES:
         for seed in range(SEEDS):
             spread, accuracies = measure(degree, seed)
-            of = {"trained": "head", "options": {"degree": degree}}
+            fields = {"trained": "head", "options": {"degree": degree}}
             records += [
-                record(about, "accuracy", name, seed, {"OOD mean": value}, {}, **of)
+                record(about, "accuracy", name, seed, {"OOD mean": value}, {}, **fields)
                 for name, value in accuracies.items()
             ]
             directions = f"degree {degree:g}"

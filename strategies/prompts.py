@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from core.utils import fail
-from features import cropped
+from features import cropped, used_length
 from strategies.base import Strategy
 
 
@@ -76,7 +76,7 @@ class CoOp(Strategy):
 
         vectors: (M, width), or (N, M, width) for a prompt each.
         """
-        text = text_tower(self.clip)
+        text, length = text_tower(self.clip), used_length(tokens)
 
         def tower(rows):  # sets the hooks itself, because micro-batches are computed twice
             context = vectors[rows] if vectors.ndim == 3 else vectors
@@ -86,7 +86,7 @@ class CoOp(Strategy):
 
             with (
                 text.token_embedding.register_forward_hook(learned),
-                cropped(self.clip.model, tokens),
+                cropped(self.clip.model, length),
                 self.deep_prompts(text),
             ):
                 return self.clip.model.encode_text(tokens[rows].to(self.clip.device))

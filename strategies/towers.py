@@ -75,10 +75,13 @@ class CLIPood(Strategy):
         unlock_image_tower(self.towers, unlocked_groups)
         alpha = beta_weights(steps)
         # the mean of θ_0 … θ_t is updated with θ_t's part of their total weight
-        weight_of_last = (alpha / alpha.cumsum(0)).float().to(clip.device)                # (T + 1,)
-        self.average = AveragedModel(
-            self.towers.visual, avg_fn=lambda mean, theta, t: mean.lerp(theta, weight_of_last[t])
-        ).requires_grad_(False)
+        weight_of_last = (alpha / alpha.cumsum(0)).tolist()                               # (T + 1,)
+
+        def update(means, thetas, _):  # by a number on the CPU, so that no step waits for the GPU
+            t = int(self.average.n_averaged)
+            torch._foreach_lerp_(means, thetas, weight_of_last[t])
+
+        self.average = AveragedModel(self.towers.visual, multi_avg_fn=update).requires_grad_(False)
         self.average.update_parameters(self.towers.visual)                                    # θ_0
 
     def head_for(self, batch):

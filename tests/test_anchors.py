@@ -12,6 +12,7 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
+import faiss
 import pytest
 import torch
 import torch.nn.functional as F
@@ -400,11 +401,27 @@ def test_a_captioner_that_does_not_exist_is_one_line(path, script, tiny_data):
 @pytest.mark.parametrize("arguments", [[], ["captions", "tiny"], ["tiny", "photo"]])
 def test_the_script_needs_the_name_of_a_stage(script, arguments):
     assert "anchors.py caption|retrieve" in script("anchors.py", *arguments, code=2).stderr
-    assert "--captioner" in script("anchors.py", "--help").stdout
+    assert "--captioner" in script("anchors.py", "caption", "--help").stdout
 
 
 # -------------------------------------------------------------------------------------------------
 # Retrieval
+
+
+@pytest.mark.parametrize("n_queries", [7, 399, 400])
+def test_few_queries_and_many_find_the_same(n_queries):
+    """… by matrix products and by FAISS; of equal cosines, also below 0, the lower id is first."""
+    generator = torch.Generator().manual_seed(0)
+    queries, pool = (F.normalize(torch.randn(n, 16, generator=generator)) for n in (n_queries, 900))
+    scores, ids = anchors.search(queries, [pool[:500], pool[500:]], 5)
+    index = faiss.IndexFlatIP(16)
+    index.add(pool.numpy())
+    expected_scores, expected_ids = index.search(queries.numpy(), 5)
+    assert ids.eq(torch.from_numpy(expected_ids)).float().mean() > 0.999  # rounding may swap two
+    assert torch.allclose(scores, torch.from_numpy(expected_scores), atol=1e-6)
+    twins = torch.full((9, 16), 0.25)  # cosines without rounding
+    for query in (twins[:1], -twins[:1]):
+        assert anchors.top_k(query, twins, 4)[1].tolist() == [[0, 1, 2, 3]]
 
 
 def test_the_search_is_exact_and_shards_do_not_matter():

@@ -277,7 +277,7 @@ def test_another_programs_exception_keeps_its_traceback():
 
 
 def test_a_fault_of_the_program_is_one_line_and_a_traceback_with_debug():
-    """Here of a script that lies in the repository."""
+    """Here of a script of the repository."""
     code = "import core.utils, sys; sys.modules['__main__'].__file__ = 'run.py'; int('x')"
     for flags, n in (([], 1), (["--debug"], 4)):
         command = [sys.executable, "-c", code, *flags]

@@ -1,5 +1,6 @@
 """data.py, sets/, features.py: images, splits, prompts, captions, bad input, and cached features."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -1105,6 +1106,34 @@ def test_shared_padding_is_left_out_if_that_changes_nothing(tiny_clip, kind, tex
     assert seen == [length, max(12, length)] and not tower._forward_pre_hooks
     same = torch.full((2, 12), 7)  # nothing but padding
     assert torch.allclose(clip.encode_text(same), model.encode_text(same, True), atol=1e-6)
+
+
+def test_the_texts_of_an_epoch_have_few_shapes(tiny_clip, tiny_data, monkeypatch):
+    """… on a GPU: rows in 64s and lengths in 8s, up to the context; padding changes no feature."""
+    generator, padding = torch.Generator().manual_seed(0), torch.zeros(1, 77, dtype=torch.long)
+    shapes, before = set(), set()
+    for _ in range(200):  # steps
+        n = torch.randint(150, 190, (1,), generator=generator).item()
+        length = torch.randint(9, 30, (1,), generator=generator).item()
+        tokens = torch.cat([torch.ones(n, length, dtype=torch.long), padding.expand(n, -1)[:, length:]], 1)
+        assert features.used_length(tokens) == length + 1
+        padded, end = features.in_few_shapes(tokens, length + 1)
+        assert torch.equal(padded[:n], tokens) and padded.shape == (192, 77) and length < end <= length + 8
+        shapes.add((len(padded), end))
+        before.add((n, length + 1))
+    assert len(shapes) == 3 and len(before) > 150
+    assert features.in_few_shapes(tokens[:70], 76)[1] == features.in_few_shapes(tokens, 74)[1] == 77
+    assert [len(features.in_few_shapes(tokens[:n], 9, 4)[0]) for n in (1, 4, 7)] == [4, 4, 8]
+
+    clip = load_clip(tiny_clip, tiny_data)
+    tokens = clip.tokenizer(["a dog", "a red cat", "a dog", "an owl of a dog"])
+    expected = clip.encode_text(tokens)
+    seen, encode = [], clip.model.encode_text
+    monkeypatch.setattr(clip.model, "encode_text", lambda rows: seen.append(len(rows)) or encode(rows))
+    clip.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: self)
+    monkeypatch.setattr(features, "autocast", lambda device: contextlib.nullcontext())
+    assert torch.allclose(clip.encode_text(tokens), expected, atol=1e-6) and seen == [64]
 
 
 def test_cached_features_are_keyed_by_model_and_images(tiny_data, tiny_clip, tmp_path):

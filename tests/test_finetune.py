@@ -21,6 +21,7 @@ import features
 import finetune
 from core.config import SCHEDULES, Schedule, parse
 from core.distributed import leave
+from core.memory import fitting_micro_batch
 from core.methods import Method, parse_method
 from finetune import arf_losses, dive_losses, ldfs_losses, lr_at
 from mapper import Mapper
@@ -670,6 +671,30 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(anchored):
         order = [[keys[row] for row in rows] for rows in order]
         loads = batches.image_batches(order, clip.augment, clip.device)
         assert {x for images, _ in loads for x in images.flatten().tolist()} < first
+
+
+def test_the_micro_batch_is_the_largest_power_of_two_that_fits():
+    def fitting(free, images=512, texts=1000, image_bytes=10, text_bytes=4):
+        return fitting_micro_batch(images, texts, image_bytes, text_bytes, free)
+
+    assert fitting(9120 / 0.9 + 1) is None and fitting(9120 / 0.9 - 1) == 512
+    assert fitting(1000) == 64 and fitting(15) == 1 and fitting(-5) == 1
+    assert fitting(1000, images=0, image_bytes=1, text_bytes=100, texts=10) == 8
+
+
+@pytest.mark.parametrize("flags, rows, expected", [([], 10**4, None), ([], 3, 2), (["--micro-batch", 4], 1, 4)])
+def test_on_a_gpu_the_micro_batch_is_chosen_before_training(
+    anchored, tiny_data, tiny_clip, tmp_path, monkeypatch, flags, rows, expected
+):
+    """The memory of a row, and the free one beside gradients and AdamW's states, are stand-ins."""
+    settings, dataset = make_settings(tiny_data, tiny_clip, tmp_path / "run", *flags)
+    settings.methods = {"arf": parse_method("arf"), "ldfs": parse_method("ldfs")}
+    clip = replace(features.load_clip(settings), device=SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(finetune, "measure_rows", lambda *args: (5 * 10**5, 5 * 10**5))
+    states = 12 * sum(p.numel() for p in clip.model.parameters())
+    monkeypatch.setattr(finetune, "free_bytes", lambda: states + (rows + 0.5) * 5 * 10**5 / 0.9)
+    finetune.choose_micro_batch(settings, dataset, clip)
+    assert clip.micro_batch == expected
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -105,6 +105,12 @@ def test_micro_batches_give_the_same_losses(world, monkeypatch):
     assert all(a == pytest.approx(b, rel=0.02, abs=0.02) for a, b in zip(whole, in_parts))
 
 
+def test_what_a_row_takes_is_measured(world):
+    settings, clip = world.settings("arf", "run"), world.clip()
+    image_bytes, text_bytes = finetune.measure_rows(settings, world.dataset, clip)
+    assert 1e3 < image_bytes < 1e8 and 1e3 < text_bytes < 1e8
+
+
 def test_the_search_finds_the_same_on_both_devices():
     generator = torch.Generator().manual_seed(0)
     queries, pool = (F.normalize(torch.randn(n, 32, generator=generator)) for n in (50, 3000))

@@ -522,3 +522,11 @@ def test_clipood_learns_the_source_and_without_a_step_is_zero_shot(world):
     assert torch.equal(strategy.head.weight, world.class_text)
     z = features.encode_images(world.clip, world.items)
     assert (z @ strategy.head.weight.T).argmax(1).eq(world.labels).float().mean() > 0.9
+
+
+def test_a_finished_method_leaves_no_gradients_behind(world):
+    """They take as much of a GPU's memory as the weights."""
+    train_on(world.strategy("towers"), world.batch("towers"))
+    assert any(p.grad is not None for p in world.clip.model.parameters())
+    world.clip.reset()
+    assert all(p.grad is None and not p.requires_grad for p in world.clip.model.parameters())
