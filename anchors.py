@@ -279,7 +279,7 @@ def search_shard(clip, shard, folder, queries, key, k):
 
     def find():
         z = embed_shard(clip, shard, folder)["z"]
-        scores, ids = search(queries.to(clip.device), [z], k)
+        scores, ids = search(queries, [z], k)
         return scores, ids.int(), len(z)
 
     inputs = (*features_key(clip, []), shard_stamps([shard]), key, k)
@@ -324,6 +324,7 @@ def retrieve_pairs(settings, dataset, clip):
     if not agree(path.exists()):
         queries = query_features(settings, dataset, clip)
         key = digest(queries)
+        queries = queries.to(clip.device)
         rank, world = rank_and_world()
         for shard in progress_bar(shards[rank::world], desc="searching the pool"):
             search_shard(clip, shard, settings.cache, queries, key, settings.k)

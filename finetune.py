@@ -12,7 +12,6 @@ linear head, which takes seconds, from its start).
 
 import math
 from dataclasses import asdict, replace
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -434,8 +433,10 @@ def measure_rows(settings, dataset, clip):
     image = clip.augment(torch.zeros(3, 256, 256, dtype=torch.uint8))[None].to(clip.device)
     text = clip.tokenizer(data.class_texts(dataset, settings.source)[:1]).to(clip.device)
     try:
-        encode = partial(clip.encode, clip.model.encode_text)  # encode_text takes equal texts once
-        return bytes_per_row(clip.encode_image, image), bytes_per_row(encode, text)
+        image_bytes = bytes_per_row(clip.encode_image, image)
+        # not Clip.encode_text, which encodes equal texts once
+        text_bytes = bytes_per_row(lambda rows: clip.encode(clip.model.encode_text, rows), text)
+        return image_bytes, text_bytes
     finally:
         clip.reset()
 
@@ -451,15 +452,15 @@ def finetune_all(settings, dataset, clip):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            fail(out_of_memory(settings, name))
+            fail(out_of_memory(settings, clip, name))
 
 
-def out_of_memory(settings, name):
+def out_of_memory(settings, clip, name):
     """Return one line that names a remedy."""
     train = settings.methods[name].train
     size = settings.schedules[train].batch_size
     rows = -(-size // rank_and_world()[1])  # of this rank
-    micro = min(settings.micro_batch or rows, rows) // 4
+    micro = min(clip.micro_batch or rows, rows) // 4
     smaller = micro and train != "linear"
     remedy = f"--micro-batch {micro}" if smaller else "a smaller --batch-size"
     return f"{name}: out of memory at batch size {size}. Pass {remedy}; finished runs are kept."

@@ -157,7 +157,8 @@ def parse_method(text, train="linear"):
         first, rest = "finetune", [first, *rest]
     recipes = [part for part in rest if part not in anchors]
     preserve = [part for part in PRESERVE if part in rest]
-    several = len(recipes) > classes or len(preserve) > 1  # without classes there is no recipe
+    most = 1 if classes else 0  # a recipe's features are classified
+    several = len(recipes) > most or len(preserve) > 1
     if several or (first != "flyp" and len(recipes) < len(rest)):
         fail(
             f"--methods {text}: {', '.join(anchors)} go with flyp, and one recipe at most with "
