@@ -10,7 +10,7 @@ import torch
 
 import data
 from core.artifacts import digest
-from core.distributed import rank_and_world, rows_of_rank
+from core.distributed import rank_and_world, rows_of_rank, to_device
 from core.utils import fail, warn
 
 
@@ -179,8 +179,8 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
         for epoch in range(start_epoch, schedule.epochs):
             order, _ = epoch_order(epoch)
             for rows in order:
-                own = rows[rows_of_rank(len(rows))].to(z.device)
-                yield Batch(labels[rows].to(clip.device), z.index_select(1, own))
+                own = to_device(rows[rows_of_rank(len(rows))], z.device)
+                yield Batch(to_device(labels[rows], clip.device), z.index_select(1, own))
 
     def plan(start_epoch):
         """Yield of each step a Batch without images, and the keys of this rank's images: those of
@@ -210,7 +210,7 @@ def training_batches(clip, dataset, source, items, schedule, seed, method, z=Non
         loader = image_batches((keys for _, keys in steps_of_loader), clip.augment, clip.device)
         for (batch, _), (images, _) in zip(steps, loader):
             n = -(-len(batch.labels) // rank_and_world()[1])
-            batch.labels, batch.images = batch.labels.to(clip.device), images[:n]
+            batch.labels, batch.images = to_device(batch.labels, clip.device), images[:n]
             if method.needs_pairs:
                 batch.pool_images = images[n:]
             yield batch

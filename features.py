@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from batches import image_batches, in_order
 from core.artifacts import artifact, artifact_path, digest, load, stamps
-from core.distributed import get_device, main_process_first, progress_bar
+from core.distributed import get_device, main_process_first, progress_bar, to_device
 from core.utils import fail, from_root, one_line
 
 
@@ -84,7 +84,7 @@ class Clip:
             with cropped(self.model, length):
                 return self.model.encode_text(rows)
 
-        return self.encode(tower, unique.to(self.device))[inverse.to(self.device)]
+        return self.encode(tower, to_device(unique, self.device))[to_device(inverse, self.device)]
 
     def encode(self, tower, x):
         """Return tower(x), unit norm. In training encode `micro_batch` rows at a time: their

@@ -36,7 +36,15 @@ from core.distributed import get_device, require_one_process
 from core.methods import parse_recipe
 from core.utils import ROOT, fail, is_out_of_memory, one_line
 from data import Location
-from features import Clip, autocast, encode_images, precision, resolve_local, split_transforms
+from features import (
+    Clip,
+    autocast,
+    compile_towers,
+    encode_images,
+    precision,
+    resolve_local,
+    split_transforms,
+)
 from finetune import arf_losses, ldfs_losses
 from mapper import new_mapper, train_mapper
 from report.tables import aligned
@@ -44,6 +52,7 @@ from strategies.towers import BothTowers, FullFinetuning
 
 PEERS = {"finetune": "WiSE-FT's", "flyp": "FLYP's", "arf": "three forwards"}
 PAGES = ROOT / "docs/results"
+TABLES = ("steps", "evaluation", "mappers", "search", "gpu")
 MAPPERS = ("lads", "ldfs", "global")
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's sheets
 
@@ -157,7 +166,7 @@ def new_batch(method, clip, n, classes):
         return torch.randint(256, shape, dtype=torch.uint8, device=clip.device)
 
     def tokens(text, numbers):
-        return clip.tokenizer([text.format(i) for i in numbers]).to(clip.device)
+        return clip.tokenizer([text.format(i) for i in numbers])  # on the CPU, as a loader's are
 
     labels = torch.arange(n) % classes
     prompts = tokens("a photo of {}", labels.tolist())
@@ -203,13 +212,15 @@ def our_step(method, strategy, batch):
 def peer_step(method, strategy, batch):
     """Return a function that takes the peer's step from the same start and returns its loss.
 
-    The peer gets the images as its loader would make them, normalised.
+    The peer gets images and texts as its loader would make them: normalised, on the device.
     """
     clip = strategy.clip
-    model, images = clip.model, {"images": clip.normalise(batch.images)}
-    if batch.pool_images is not None:
-        images["pool_images"] = clip.normalise(batch.pool_images)
-    batch = replace(batch, **images)
+    model, changes = clip.model, {}
+    for name in ("images", "pool_images", "prompts", "captions", "pool_texts"):
+        if (rows := getattr(batch, name)) is not None:
+            is_image = name.endswith("images")
+            changes[name] = clip.normalise(rows) if is_image else rows.to(clip.device)
+    batch = replace(batch, **changes)
     optimizer = torch.optim.AdamW(strategy.parameters(), 1e-5, weight_decay=0.1)
 
     @autocast(strategy.clip.device)
@@ -262,12 +273,11 @@ def measure_gpu(step, images, watch, flops=None):
 def measure_training(method, compiled, clip, class_text, batch, watch):
     """Return a row of our step, with or without torch.compile."""
     strategy = new_strategy(method, clip, class_text)
-    step, model = our_step(method, strategy, batch), strategy.clip.model
+    step = our_step(method, strategy, batch)
     with FlopCounterMode(display=False) as counter:  # before compiling, which hides the operations
         step()
     if compiled:
-        model.encode_image = torch.compile(model.encode_image)
-        model.encode_text = torch.compile(model.encode_text)
+        compile_towers(strategy.clip.model)
     return measure_gpu(step, len(batch.labels) + batch.n_pairs, watch, counter.get_total_flops())
 
 
@@ -373,6 +383,8 @@ def main():
     add("--batch-size", type=count, default=64, help="images of a step (default: 64)")
     add("--caption-batch", type=count, default=32, help="images at a time (default: 32)")
     add("--classes", type=count, default=1000, help="classes of the images (default: 1000)")
+    add("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="TABLE",
+        help=f"what to measure: {', '.join(TABLES)} (default: all)")
     add("--rounds", type=count, default=7, help="how often each is measured (default: 7)")
     add("--threads", type=count, default=1, help="of a CPU (default: 1)")
     add("--out", type=Path,
@@ -392,25 +404,31 @@ def main():
     }
     print(", ".join(f"{name}: {value}" for name, value in about.items()))
     out = args.out or Path(f"runs/benchmark/{slug(about['device'])}-batch{args.batch_size}.json")
-    table = partial(print_table, {**about, "tables": {}}, out)
+    content = {**about, "tables": {}}
+
+    def table(name, title, rows):
+        if name in args.tables:
+            print_table(content, out, title, rows)
+
     clip = new_clip(args.model, device)
     batches = {m: new_batch(m, clip, args.batch_size, args.classes) for m in PEERS}
     class_text = unit(args.classes, clip.encode_text(batches["flyp"].prompts[:1]).shape[1])
 
-    table("training steps", {
+    table("steps", "training steps", {
         f"{m} / {peer}": partial(compare_steps, m, clip, class_text, batches[m], watch)
         for m, peer in PEERS.items()
     })
     copies = 64 if gpu else 4  # enough batches to keep all workers busy
-    table("evaluation, images/s", {
+    table("evaluation", "evaluation, images/s", {
         f"{args.batch_size * copies} images": partial(
             measure_evaluation, clip, batches["flyp"].images, copies, watch
         )
     })
-    table("training of a mapper (LADS's real step takes twice as long as the peer's here)", {
+    title = "training of a mapper (LADS's real step takes twice as long as the peer's here)"
+    table("mappers", title, {
         f"{name} / LADS's": partial(compare_mappers, name, device, watch) for name in MAPPERS
     })
-    table("exact search", {"ours / one FAISS index": partial(compare_searches, watch)})
+    table("search", "exact search", {"ours / one FAISS index": partial(compare_searches, watch)})
     if not gpu:
         print("\nnot run, because there is no GPU: peak memory, MFU, torch.compile, captions")
         return
@@ -421,7 +439,7 @@ def main():
         for m in PEERS for compiled in (False, True)
     }
     captions = partial(measure_captions, args.caption_batch, device, watch)
-    table("our steps on the GPU", {**rows, "captions, as BLIP-2's": captions})
+    table("gpu", "our steps on the GPU", {**rows, "captions, as BLIP-2's": captions})
 
 
 if __name__ == "__main__":

@@ -165,3 +165,12 @@ def get_device():
         fail(f"torchrun needs {gpu + 1} GPUs or more; {torch.cuda.device_count()} are available.")
     torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)
+
+
+def to_device(tensor, device):
+    """Return a tensor of the CPU on `device`. A GPU gets it from pinned memory, because a copy from
+    other memory waits for all that the GPU still computes.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

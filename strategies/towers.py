@@ -5,9 +5,8 @@ import math
 from dataclasses import replace
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
-from core.distributed import rows_of_rank
+from core.distributed import rows_of_rank, to_device
 from core.utils import fail, one_line
 from strategies.base import Strategy, linear_layer
 
@@ -75,27 +74,26 @@ class CLIPood(Strategy):
         unlock_image_tower(self.towers, unlocked_groups)
         alpha = beta_weights(steps)
         # the mean of θ_0 … θ_t is updated with θ_t's part of their total weight
-        weight_of_last = (alpha / alpha.cumsum(0)).tolist()                               # (T + 1,)
-
-        def update(means, thetas, _):  # by a number on the CPU, so that no step waits for the GPU
-            t = int(self.average.n_averaged)
-            torch._foreach_lerp_(means, thetas, weight_of_last[t])
-
-        self.average = AveragedModel(self.towers.visual, multi_avg_fn=update).requires_grad_(False)
-        self.average.update_parameters(self.towers.visual)                                    # θ_0
+        self.weight_of_last = (alpha / alpha.cumsum(0)).tolist()                          # (T + 1,)
+        self.average = copy.deepcopy(self.towers.visual).requires_grad_(False)                # θ_0
+        self.register_buffer("t", torch.tensor(0))  # on the CPU, so that no step waits for the GPU
 
     def head_for(self, batch):
         class_text = self.head.weight                                                     # (C, d)
-        labels = batch.labels[rows_of_rank(len(batch.labels))]                              # (b,)
+        rows = torch.tensor(rows_of_rank(len(batch.labels)))
+        labels = batch.labels[to_device(rows, batch.labels.device)]                         # (b,)
         margin = 0.3 * class_text[labels]                                                 # (b, d)
         return lambda x: self.scale * (x - margin) @ class_text.T
 
+    @torch.no_grad()
     def after_step(self):
-        self.average.update_parameters(self.towers.visual)
+        self.t += 1
+        means, thetas = self.average.parameters(), self.towers.visual.parameters()
+        torch._foreach_lerp_([*means], [*thetas], self.weight_of_last[int(self.t)])
 
     def finish(self):
-        self.towers.visual.load_state_dict(self.average.module.state_dict())
-        self.average = None  # a checkpoint does not need it
+        self.towers.visual.load_state_dict(self.average.state_dict())
+        self.average = self.t = None  # a checkpoint does not need them
 
 
 class BothTowers(Strategy):

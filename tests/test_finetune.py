@@ -431,6 +431,7 @@ class Killed(BaseException):
 
 def killed_at(monkeypatch, name, deadly):
     """Make the call number `deadly` of a loss function of finetune.py die."""
+    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_STATES", 0)
     calls, true_losses = [], getattr(finetune, name)
 
     def dies(*args):
