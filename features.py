@@ -99,10 +99,10 @@ class Clip:
             # normalised in float32: near 100, bfloat16 logits are half a unit apart
             return F.normalize(out.float(), dim=-1)
 
-        n = self.micro_batch or len(x)
-        if len(x) <= n or not torch.is_grad_enabled():
+        if not self.micro_batch or not torch.is_grad_enabled():
             return features(x)
-        return torch.cat([checkpoint(features, part, use_reentrant=False) for part in x.split(n)])
+        parts = x.split(self.micro_batch)  # computed again even if there is one: losses may encode
+        return torch.cat([checkpoint(features, part, use_reentrant=False) for part in parts])
 
 
 def used_length(tokens):

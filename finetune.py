@@ -337,6 +337,7 @@ def finetune(settings, dataset, clip, name, seed, method=None, init=None):
     partial = path.with_suffix(".partial.pt")
     if not agree(path.exists() and history_path(path).exists()):
         clip.reset()
+        clip.micro_batch = settings.micro_batches.get(name, settings.micro_batch)
         method = method or settings.methods[name]
         init = init or head_start(settings, method)
         items = dataset.split(settings.source, settings.source, "train", seed)
@@ -409,28 +410,32 @@ def prepare(settings, dataset, clip, name, seed, method, init, items):
     return strategy, batches
 
 
-def choose_micro_batch(settings, dataset, clip):
-    """Set the rows that a tower encodes at a time to --micro-batch, or on a GPU to what fits."""
-    methods = [m for m in settings.methods.values() if m.train not in FROZEN_TOWERS]
+def choose_micro_batches(settings, dataset, clip):
+    """Return {method: rows that a tower encodes at a time}: on a GPU as many as fit, None if all.
+
+    A method that is not in it takes --micro-batch.
+    """
+    methods = {k: m for k, m in settings.methods.items() if m.train not in FROZEN_TOWERS}
     if settings.micro_batch or clip.device.type != "cuda" or not methods:
-        return
+        return {}
     try:
         image_bytes, text_bytes = measure_rows(settings, dataset, clip)
     except RuntimeError as error:  # of an allocator that keeps no statistics
         warn(f"the free memory is not known ({one_line(error)}); --micro-batch sets what to use")
-        return
+        return {}
     n_parameters = sum(p.numel() for p in clip.model.parameters())
-    sizes = []
-    for method in methods:
+    sizes = {}
+    for name, method in methods.items():
         rows = math.ceil(settings.schedules[method.train].batch_size / rank_and_world()[1])
         images = rows * (1 + method.needs_pairs)
         texts = rows * (1 + method.captions + method.needs_pairs) if method.contrastive else 0
         states = 4 * n_parameters * (3 + (method.preserve is not None))  # gradients, AdamW, a copy
         free = free_bytes() - states
-        sizes.append(fitting_micro_batch(images, texts, image_bytes, text_bytes, free))
-    clip.micro_batch = agree(min((size for size in sizes if size), default=None))
-    if clip.micro_batch:
-        main_print(f"micro-batch {clip.micro_batch}, because the whole batch does not fit")
+        size = fitting_micro_batch(images, texts, image_bytes, text_bytes, free)
+        sizes[name] = agree(size and min(size, rows))
+        if sizes[name]:
+            main_print(f"{name}: micro-batch {sizes[name]}, because the whole batch does not fit")
+    return sizes
 
 
 def measure_rows(settings, dataset, clip):
@@ -449,7 +454,7 @@ def measure_rows(settings, dataset, clip):
 
 def finetune_all(settings, dataset, clip):
     """Train every method with every seed; what is stored is not trained again."""
-    choose_micro_batch(settings, dataset, clip)
+    settings.micro_batches = choose_micro_batches(settings, dataset, clip)
     jobs = [(seed, name) for seed in range(settings.seeds) for name in settings.methods]
     for seed, name in (bar := progress_bar(jobs, desc="finetuning", unit="run")):
         bar.set_postfix_str(f"{name}, seed {seed}")

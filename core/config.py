@@ -302,6 +302,7 @@ def resolve(args, dataset):
         "alphas": tuple(defaults["alphas"] if args.alphas is None else args.alphas),
         "schedules": {name: replace(schedule, **flags) for name, schedule in usual.items()},
         "usual_schedules": usual,
+        "micro_batches": {},  # {method: rows}, which finetune.py chooses on a GPU
     }
     settings = Settings(**{**vars(args), **resolved})
     try:

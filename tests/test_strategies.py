@@ -124,7 +124,7 @@ def test_only_what_is_trained_moves(world, train, trained, moves):
 
 @pytest.mark.parametrize("train, prefixes", [
     ("linear", {"head"}), ("coop", {"vectors"}), ("cocoop", {"vectors", "meta_net"}),
-    ("maple", {"vectors", "couplings"}), ("full", {"head", "towers"}), ("clipood", {"head", "towers", "average"}),
+    ("maple", {"vectors", "couplings"}), ("full", {"head", "towers"}), ("clipood", {"head", "towers", "average", "t"}),
     ("towers", {"towers"}),
 ])
 def test_a_checkpoint_holds_what_is_trained_and_not_clip_or_mappers(world, train, prefixes):
