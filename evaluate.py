@@ -15,16 +15,17 @@ measured by retrieval among its held-out pairs of image and caption.
 """
 
 import contextlib
+import copy
 import functools
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
 
 import anchors
 import data
-from core.artifacts import artifact, artifact_path, digest, load, save, stamps, write_atomically
+from core.artifacts import artifact_path, digest, load, save, stamps, write_atomically
 from core.config import parse
 from core.distributed import progress_bar, require_one_process
 from core.methods import FROZEN_TOWERS, TRAINED, recipes_of
@@ -32,7 +33,7 @@ from core.results import record
 from core.utils import one_line, warn
 from features import (
     cached_features,
-    encode_images,
+    encode_images_by_each,
     encode_texts,
     load_clip,
     towers_of,
@@ -287,15 +288,13 @@ def names_unseen_classes(settings):
 def zero_shot_record(settings, dataset, unseen, clip, seed, test_key):
     """Return the record of the original weights, on unseen classes too if a method names them."""
     open_set = names_unseen_classes(settings)
-
-    def measure_zero_shot():
-        features_of, unseen_set = original_features(settings, clip), unseen if open_set else None
-        scores = measure(settings, dataset, unseen_set, clip, seed, features_of, trained=None)
-        return record(settings, "accuracy", "zero-shot", seed, **scores)
-
     inputs = clip.key, test_key, seed, open_set, names_of(settings)
     path = artifact_path(settings.run / "scores", f"zero-shot-seed{seed}", inputs, ".json")
-    return score(path, measure_zero_shot)
+    if not path.exists():
+        features_of, unseen_set = original_features(settings, clip), unseen if open_set else None
+        scores = measure(settings, dataset, unseen_set, clip, seed, features_of, trained=None)
+        save(record(settings, "accuracy", "zero-shot", seed, **scores), path)
+    return score(path)
 
 
 def names_of(settings):
@@ -303,11 +302,11 @@ def names_of(settings):
     return settings.dataset, settings.source, settings.model
 
 
-def score(path, make):
+def score(path):
     """Return a stored record. It becomes the newest, so that `report.tables RUN` shows the settings
     that were asked for last.
     """
-    content = artifact(path, make)
+    content = load(path)
     with contextlib.suppress(OSError):  # a folder that is only read
         path.touch()
     return content
@@ -315,28 +314,54 @@ def score(path, make):
 
 def method_records(settings, dataset, unseen, clip, name, seed, test_key):
     """Return the records of a method and a seed: of α = 1, and of --alphas."""
-    method, records = settings.methods[name], []
+    method, paths, fields = settings.methods[name], {}, {}
     checkpoint = checkpoint_path(settings, dataset, clip, name, seed)
     alphas = () if method.train in PROMPTS else settings.alphas  # prompts are not interpolated
     for alpha in dict.fromkeys((1.0, *alphas)):
-        fields = {
+        fields[alpha] = {
             "trained": TRAINED[method.train], "alpha": alpha,
             "schedule": asdict(settings.schedules[method.train]),
             "options": settings.options(method),
         }
-        inputs = checkpoint.name, test_key, fields, names_of(settings)
+        inputs = checkpoint.name, test_key, fields[alpha], names_of(settings)
         file_name = f"{name}-seed{seed}-alpha{alpha:g}"
-        path = artifact_path(settings.run / "scores", file_name, inputs, ".json")
+        paths[alpha] = artifact_path(settings.run / "scores", file_name, inputs, ".json")
+    if missing := [alpha for alpha in paths if not paths[alpha].exists()]:
+        modules = load(finetune(settings, dataset, clip, name, seed), "cpu")["modules"]
+        job = unseen if method.train != "linear" else None, clip, seed, method, modules, missing
+        for alpha, scores in zip(missing, measure_alphas(settings, dataset, *job)):
+            save(record(settings, "accuracy", name, seed, **scores, **fields[alpha]), paths[alpha])
+    return [score(path) for path in paths.values()]
 
-        def measure_method(method=method, alpha=alpha, fields=fields):
-            modules = load(finetune(settings, dataset, clip, name, seed), "cpu")["modules"]
-            unseen_set = unseen if method.train != "linear" else None
-            with finetuned(settings, dataset, clip, method, modules, alpha) as (features_of, head):
-                scores = measure(settings, dataset, unseen_set, clip, seed, features_of, head)
-            return record(settings, "accuracy", name, seed, **scores, **fields)
 
-        records.append(score(path, measure_method))
-    return records
+def measure_alphas(settings, dataset, unseen, clip, seed, method, modules, alphas):
+    """Return what `measure` returns of a checkpoint's modules at each α. An image is decoded once.
+    """
+    if method.train in PROMPTS:
+        phrase = dataset.meta.phrases[settings.source]
+        learner = PROMPTS[method.train](clip, dataset.classnames, phrase)
+        learner.load_state_dict(modules)
+        tuned, prompted = [(clip, learner.classifier)], learner.prompted()
+    else:
+        tuned = [interpolated(settings, dataset, clip, modules, alpha) for alpha in alphas]
+        prompted = contextlib.nullcontext()
+    clips, features = [clip for clip, _ in tuned], {}
+
+    def features_by(i):
+        def features_of(dataset, domain, items):
+            key = dataset.name, domain, tuple(location for location, _ in items)
+            if key not in features:
+                features[key] = encode_images_by_each(clips, items, label=domain)
+            return features[key][i]
+
+        frozen = method.train in FROZEN_TOWERS
+        return original_features(settings, clip) if frozen else features_of
+
+    with prompted:
+        return [
+            measure(settings, dataset, unseen, own, seed, features_by(i), head)
+            for i, (own, head) in enumerate(tuned)
+        ]
 
 
 def measure(settings, dataset, unseen, clip, seed, features_of, trained):
@@ -372,34 +397,17 @@ def original_features(settings, clip):
     )
 
 
-@contextlib.contextmanager
-def finetuned(settings, dataset, clip, method, modules, alpha):
-    """Within the context, `clip` has a checkpoint's towers at α; yield (features_of, trained head).
-
-    modules: of the checkpoint. The head is as in `head_function`.
-    """
+def interpolated(settings, dataset, clip, modules, alpha):
+    """Return (Clip with a checkpoint's towers at α, its head as in `head_function`)."""
     if alpha < 1:
         modules = interpolate(original_modules(settings, dataset, clip, modules), modules, alpha)
-    head, prompted = None, contextlib.nullcontext()
-    try:
-        if towers := towers_of(modules):
-            clip.model.load_state_dict(towers)
-        if "head.weight" in modules:
-            scale = 1 if "head.bias" in modules else clip.logit_scale  # see original_modules
-            head = scale * modules["head.weight"], modules.get("head.bias")
-        if method.train in PROMPTS:
-            phrase = dataset.meta.phrases[settings.source]
-            learner = PROMPTS[method.train](clip, dataset.classnames, phrase)
-            learner.load_state_dict(modules)
-            head, prompted = learner.classifier, learner.prompted()
-        features_of = original_features(settings, clip)
-        if method.train not in FROZEN_TOWERS:
-            def features_of(dataset, domain, items):
-                return encode_images(clip, items, label=domain)
-        with prompted:
-            yield features_of, head
-    finally:
-        clip.reset()
+    if towers := towers_of(modules):
+        clip = replace(clip, model=copy.deepcopy(clip.model))
+        clip.model.load_state_dict(towers)
+    if "head.weight" not in modules:
+        return clip, None
+    scale = 1 if "head.bias" in modules else clip.logit_scale  # see original_modules
+    return clip, (scale * modules["head.weight"], modules.get("head.bias"))
 
 
 def original_modules(settings, dataset, clip, modules):

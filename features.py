@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from batches import image_batches, in_order
 from core.artifacts import artifact, artifact_path, digest, load, stamps
 from core.distributed import get_device, main_process_first, progress_bar, to_device
-from core.utils import fail, from_root, one_line
+from core.utils import fail, from_root, is_out_of_memory, one_line
 
 
 @dataclass
@@ -408,13 +408,32 @@ def load_captioner(name, device):
 # Encode
 
 
-@torch.no_grad()
 def encode_images(clip, items, batch_size=256, label="images"):
     """Return z: (N, d), unit norm, float32, on the CPU, of items [(Location, label)], in order."""
+    return encode_images_by_each([clip], items, batch_size, label)[0]
+
+
+@torch.no_grad()
+def encode_images_by_each(clips, items, batch_size=256, label="images"):
+    """Return what `encode_images` returns for each Clip, a list. Each image is decoded once: the
+    Clips are those of one model with different weights.
+    """
     keys = in_order([location for location, _ in items], batch_size)
-    batches, total = image_batches(keys, clip.preprocess, clip.device), len(items) / batch_size
-    bar = progress_bar(batches, desc=f"encoding {label}", total=math.ceil(total), leave=False)
-    return torch.cat([clip.encode_image(images).cpu() for images, _ in bar])
+    loader = image_batches(keys, clips[0].preprocess, clips[0].device)
+    total = math.ceil(len(items) / batch_size)
+    bar = progress_bar(loader, desc=f"encoding {label}", total=total, leave=False)
+    batches = [[encode_what_fits(clip, images) for clip in clips] for images, _ in bar]
+    return [torch.cat(parts) for parts in zip(*batches)]
+
+
+def encode_what_fits(clip, images):
+    """Return z on the CPU of images (B, 3, H, W): of both halves if the memory is too small."""
+    try:
+        return clip.encode_image(images).cpu()
+    except RuntimeError as error:
+        if len(images) == 1 or not is_out_of_memory(error):
+            raise
+    return torch.cat([encode_what_fits(clip, half) for half in images.chunk(2)])
 
 
 @torch.no_grad()

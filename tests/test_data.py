@@ -1049,6 +1049,21 @@ def test_a_relative_path_is_from_here_or_else_from_the_repository(tiny_data, tmp
         assert core.utils.from_root(name) == name
 
 
+def test_images_are_encoded_in_parts_where_the_memory_is_too_small(tiny_data, tiny_clip, monkeypatch):
+    clip, items = load_clip(tiny_clip, tiny_data), load_dataset("tiny", tiny_data).images["photo"]
+    expected, sizes, true_encode = features.encode_images(clip, items), [], features.Clip.encode_image
+
+    def encode(clip, images):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        sizes.append(len(images))
+        return true_encode(clip, images)
+
+    monkeypatch.setattr(features.Clip, "encode_image", encode)
+    assert torch.allclose(features.encode_images(clip, items), expected, atol=1e-6)
+    assert sum(sizes) == len(items) == 30 and max(sizes) <= 4
+
+
 @pytest.mark.parametrize("name", ["ViT-B-61", "local-dir:nowhere"])
 def test_a_bad_model_is_refused_by_name(tiny_data, capsys, name):
     assert f"--model {name}: " in refusal(capsys, lambda: load_clip(name, tiny_data))

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import data
 import evaluate
 import features
 import finetune
@@ -272,6 +273,20 @@ def test_scores_of_full_finetuning_and_between_the_weights(run):
         clip.reset()
     assert records["finetune", 1.0]["trained"] == "image tower, head"
     assert records["finetune", 1.0]["options"] == {"epochs": 1, "lr": 0.003}
+
+
+def test_an_image_is_decoded_once_for_all_alphas(run, monkeypatch):
+    run("--methods", "flyp", "--lr", "0.01")
+    decoded, true_decode = [], data.Location.decode
+
+    def decode(location):
+        decoded.append(location)
+        return true_decode(location)
+
+    monkeypatch.setattr(data.Location, "decode", decode)
+    records = run("--methods", "flyp", "--lr", "0.01", "--alphas", "0.2", "0.5", "0.8")
+    assert len({str(records["flyp", alpha]["ece"]) for alpha in (0.2, 0.5, 0.8, 1.0)}) == 4
+    assert decoded and len(decoded) == len(set(decoded))
 
 
 def test_calibration_is_measured_at_the_temperature_of_training(run):
