@@ -108,14 +108,14 @@ def text_table(table):
 def write_page(folder, device):
     """Write docs/results/gpu-DEVICE.md: all that `folder` has of benchmarks on this device."""
     lines = [f"# {device}", "", "Written by `python -m benchmark`; see [GPU.md](../GPU.md)."]
-    for path in sorted(folder.glob("*.json")):
-        content = load(path)
-        if content.get("device") == device:
-            tables = content.pop("tables")
-            about = ", ".join(f"{name} {value}" for name, value in content.items())
-            lines += ["", f"## Batch {content['batch']}", "", about]
-            for title, table in tables.items():
-                lines += ["", f"{title}:", "", "```text", text_table(table), "```"]
+    contents = [load(path) for path in folder.glob("*.json")]
+    own = [content for content in contents if content.get("device") == device]
+    for content in sorted(own, key=lambda content: content["batch"]):
+        tables = content.pop("tables")
+        about = ", ".join(f"{name} {value}" for name, value in content.items())
+        lines += ["", f"## Batch {content['batch']}", "", about]
+        for title, table in tables.items():
+            lines += ["", f"{title}:", "", "```text", text_table(table), "```"]
     page = PAGES / f"gpu-{slug(device)}.md"
     write_atomically(page, lambda part: part.write_text("\n".join(lines) + "\n", "utf-8"))
 
