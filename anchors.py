@@ -37,7 +37,7 @@ from core.results import record
 from core.utils import fail, is_out_of_memory, warn
 from data import Location
 from features import cached_features, features_key, load_captioner, load_clip, zero_shot_head
-from sets.load import load_run, load_unseen, pool_shards
+from sets.load import load_run, pool_shards
 from sets.webdataset import read_shard
 
 # -------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def retrieve_pairs(settings, dataset, clip):
     outcome is stored in the run folder. Under torchrun each rank searches its share of the shards.
     """
     shards = pool_shards(settings, dataset.meta)
-    test_sets = [tested for tested in (dataset, load_unseen(dataset)) if tested]
+    test_sets = [tested for tested in (dataset, dataset.unseen) if tested]
     classnames, templates = data.prompt_templates(dataset, settings.source)
     inputs = (
         clip.key, stamps(dataset.trainable(settings.source)), shard_stamps(shards),

@@ -237,6 +237,7 @@ class Dataset:
     absent: dict = field(default_factory=dict)  # {domain that is not on this disk: how to get it}
     shots: int | None = None          # limit on the training images of a class; None: all
     new: "Dataset | None" = field(default=None, repr=False)  # its other classes: see base_to_new
+    unseen: "Dataset | None" = field(default=None, repr=False)  # what measures zero-shot ability
 
     def styles(self, source):
         """Return the domains whose phrase differs from the source's: the targets of mappers."""

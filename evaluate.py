@@ -42,7 +42,7 @@ from features import (
 from finetune import checkpoint_path, finetune, history_path
 from mapper import describe_run, mapper_artifacts, mapper_records
 from report import figures, quality, tables
-from sets.load import load_run, load_unseen
+from sets.load import load_run
 from strategies.clipstyler import style_pictures, style_records
 from strategies.prompts import PROMPTS
 
@@ -234,7 +234,7 @@ def evaluate(settings, dataset, clip):
 
     Checkpoints that are not stored are trained first.
     """
-    unseen = load_unseen(dataset)
+    unseen = dataset.unseen
     for domain, remedy in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
         print(f"not run: {domain} ({remedy})")
     test_key = test_inputs(settings, dataset, unseen)
@@ -253,7 +253,7 @@ def encode_test_images(settings, dataset, clip):
     """Encode all test images by the original weights: an unreadable one is named before the long
     training, and nothing is computed twice, because zero-shot accuracy needs these features anyway.
     """
-    unseen = load_unseen(dataset) if names_unseen_classes(settings) else None
+    unseen = dataset.unseen if names_unseen_classes(settings) else None
     for tested in (dataset, unseen):
         for domain, items in (tested.images.items() if tested else ()):
             cached_features(clip, tested, domain, items, settings.cache)

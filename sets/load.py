@@ -4,6 +4,7 @@
 """
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from core.config import Parser, resolve
@@ -22,7 +23,8 @@ def load_run(args):
     if args.base_to_new:
         dataset = base_to_new(dataset)
     settings = resolve(args, dataset)
-    unseen = load_unseen(dataset)  # now, because a problem should not be found after the training
+    unseen = load_unseen(dataset)
+    dataset = replace(dataset, unseen=unseen)
     if unseen and settings.source not in unseen.meta.phrases and not dataset.meta.zero_shot:
         fail(f"{unseen.name}, the unseen classes of {dataset.name}, lacks {settings.source}.")
     return settings, dataset
