@@ -43,7 +43,7 @@ STYLES = {  # a method's colour and marker, the same in all figures
     "arf": (GREEN, "o"), "arf+ldfs": (BLUE, "D"), "arf+dive": (GREEN, "P"),
     "dive": (PINK, "P"), "snd": (BLACK, "v"),
     "coop": (SKY, "s"), "cocoop": (BLUE, "s"), "maple": (SKY, "P"),
-    "full": (ORANGE, "o"), "lpft": (PINK, "s"), "clipood": (BLACK, "D"), "towers": (RED, "s"),
+    "full": (ORANGE, "o"), "lpft": (BLUE, "^"), "clipood": (BLACK, "D"), "towers": (RED, "s"),
 }
 INSIDE, OUTSIDE = {"loc": "best"}, {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}  # legends
 SETTINGS = {"lr": "learning rate", "epochs": "epochs", "shots": "training images of each class"}
