@@ -36,7 +36,14 @@ from core.distributed import (
 from core.results import record
 from core.utils import fail, is_out_of_memory, warn
 from data import Location
-from features import cached_features, features_key, load_captioner, load_clip, zero_shot_head
+from features import (
+    cached_features,
+    encode_in_halves,
+    features_key,
+    load_captioner,
+    load_clip,
+    zero_shot_head,
+)
 from sets.load import load_run, pool_shards
 from sets.webdataset import read_shard
 
@@ -204,7 +211,7 @@ def embed_shard(clip, shard, folder):
         unreadable, z, rows = {}, [], []
         keys = in_order([*row_of], 256)
         for images, places in image_batches(keys, clip.preprocess, clip.device, unreadable):
-            z.append(clip.encode_image(images).half().cpu())
+            z.append(encode_in_halves(clip, images).half())
             rows += [row_of[location] for location in places]
         damaged += [
             f"{shard.name}: {pairs[row_of[location]][0]} ({reason})"
@@ -249,7 +256,8 @@ def top_k(queries, z, k):
     parts = []
     for block in queries.split(max(1, 2**25 // len(z))):
         cosines = block @ z.T                                                            # (b, n)
-        order = cosines.view(torch.int32).long()  # in the order of the cosines, if made so below 0
+        # a float's bits, read as an integer, are in the float's order; those below 0 are mirrored
+        order = cosines.view(torch.int32).long()
         order = torch.where(order < 0, -(order & 0x7FFFFFFF), order)
         keys = order * 2**32 - torch.arange(len(z), device=z.device)
         ids = -keys.topk(k, dim=1).values % 2**32

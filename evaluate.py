@@ -15,10 +15,9 @@ measured by retrieval among its held-out pairs of image and caption.
 """
 
 import contextlib
-import copy
 import functools
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ from features import (
     towers_of,
     zero_shot_head,
 )
-from finetune import checkpoint_path, finetune, history_path
+from finetune import checkpoint_path, finetune, finetune_all, history_path
 from mapper import describe_run, mapper_artifacts, mapper_records
 from report import figures, quality, tables
 from sets.load import load_run
@@ -178,7 +177,7 @@ def head_function(clip, dataset, source, trained=None):
     """Return head_of(domain), depending on `trained`. Its logits have the temperature of training.
 
     Of a head (weight, bias) it gives the rows of the classes in that domain; of a prompt learner's
-    `classifier` its head of their names; of None the text tower's zero-shot head at that moment.
+    `classifier` its head of their names; of None the zero-shot head of `clip`.
     CHOICE: unseen classes, too, are named in the source's words, whatever the domain, because a
     model in use does not know which domain it meets; alternative: in each domain's own.
     """
@@ -237,15 +236,15 @@ def evaluate(settings, dataset, clip):
     unseen = dataset.unseen
     for domain, remedy in {**dataset.absent, **(unseen.absent if unseen else {})}.items():
         print(f"not run: {domain} ({remedy})")
-    test_key = test_inputs(settings, dataset, unseen)
+    test_key = test_inputs(settings, dataset)
     records = []
     jobs = [(seed, name) for seed in range(settings.seeds)
             for name in ("zero-shot", *settings.methods)]
     for seed, name in progress_bar(jobs, desc="evaluating", unit="run", leave=False):
         if name == "zero-shot":
-            records.append(zero_shot_record(settings, dataset, unseen, clip, seed, test_key))
+            records.append(zero_shot_record(settings, dataset, clip, seed, test_key))
         else:
-            records += method_records(settings, dataset, unseen, clip, name, seed, test_key)
+            records += method_records(settings, dataset, clip, name, seed, test_key)
     return records
 
 
@@ -259,11 +258,11 @@ def encode_test_images(settings, dataset, clip):
             cached_features(clip, tested, domain, items, settings.cache)
 
 
-def test_inputs(settings, dataset, unseen):
+def test_inputs(settings, dataset):
     """Return all of the test sets that decides a score: images, prompts, how they are split, and
     what is measured on them.
     """
-    test_sets = [tested for tested in (dataset, unseen) if tested]
+    test_sets = [tested for tested in (dataset, dataset.unseen) if tested]
     prompts = [
         template(name)
         for tested in test_sets for domain in tested.images
@@ -285,14 +284,15 @@ def names_unseen_classes(settings):
     return any(method.train != "linear" for method in settings.methods.values())
 
 
-def zero_shot_record(settings, dataset, unseen, clip, seed, test_key):
+def zero_shot_record(settings, dataset, clip, seed, test_key):
     """Return the record of the original weights, on unseen classes too if a method names them."""
     open_set = names_unseen_classes(settings)
     inputs = clip.key, test_key, seed, open_set, names_of(settings)
     path = artifact_path(settings.run / "scores", f"zero-shot-seed{seed}", inputs, ".json")
     if not path.exists():
-        features_of, unseen_set = original_features(settings, clip), unseen if open_set else None
-        scores = measure(settings, dataset, unseen_set, clip, seed, features_of, trained=None)
+        unseen = dataset.unseen if open_set else None
+        features_of = original_features(settings, clip)
+        scores = measure(settings, dataset, unseen, clip, seed, features_of, trained=None)
         save(record(settings, "accuracy", "zero-shot", seed, **scores), path)
     return score(path)
 
@@ -312,7 +312,7 @@ def score(path):
     return content
 
 
-def method_records(settings, dataset, unseen, clip, name, seed, test_key):
+def method_records(settings, dataset, clip, name, seed, test_key):
     """Return the records of a method and a seed: of α = 1, and of --alphas."""
     method, paths, fields = settings.methods[name], {}, {}
     checkpoint = checkpoint_path(settings, dataset, clip, name, seed)
@@ -328,13 +328,13 @@ def method_records(settings, dataset, unseen, clip, name, seed, test_key):
         paths[alpha] = artifact_path(settings.run / "scores", file_name, inputs, ".json")
     if missing := [alpha for alpha in paths if not paths[alpha].exists()]:
         modules = load(finetune(settings, dataset, clip, name, seed), "cpu")["modules"]
-        job = unseen if method.train != "linear" else None, clip, seed, method, modules, missing
-        for alpha, scores in zip(missing, measure_alphas(settings, dataset, *job)):
+        scores_of = measure_alphas(settings, dataset, clip, seed, method, modules, missing)
+        for alpha, scores in zip(missing, scores_of):
             save(record(settings, "accuracy", name, seed, **scores, **fields[alpha]), paths[alpha])
     return [score(path) for path in paths.values()]
 
 
-def measure_alphas(settings, dataset, unseen, clip, seed, method, modules, alphas):
+def measure_alphas(settings, dataset, clip, seed, method, modules, alphas):
     """Return what `measure` returns of a checkpoint's modules at each α. An image is decoded once.
     """
     if method.train in PROMPTS:
@@ -343,7 +343,9 @@ def measure_alphas(settings, dataset, unseen, clip, seed, method, modules, alpha
         learner.load_state_dict(modules)
         tuned, prompted = [(clip, learner.classifier)], learner.prompted()
     else:
-        tuned = [interpolated(settings, dataset, clip, modules, alpha) for alpha in alphas]
+        between = min(alphas) < 1
+        original = original_modules(settings, dataset, clip, modules) if between else None
+        tuned = [at_alpha(clip, original, modules, alpha) for alpha in alphas]
         prompted = contextlib.nullcontext()
     clips, features = [clip for clip, _ in tuned], {}
 
@@ -357,6 +359,7 @@ def measure_alphas(settings, dataset, unseen, clip, seed, method, modules, alpha
         frozen = method.train in FROZEN_TOWERS
         return original_features(settings, clip) if frozen else features_of
 
+    unseen = None if method.train == "linear" else dataset.unseen
     with prompted:
         return [
             measure(settings, dataset, unseen, own, seed, features_by(i), head)
@@ -397,12 +400,15 @@ def original_features(settings, clip):
     )
 
 
-def interpolated(settings, dataset, clip, modules, alpha):
-    """Return (Clip with a checkpoint's towers at α, its head as in `head_function`)."""
+def at_alpha(clip, original, modules, alpha):
+    """Return (Clip with a checkpoint's towers at α, its head as in `head_function`).
+
+    original: of `original_modules`.
+    """
     if alpha < 1:
-        modules = interpolate(original_modules(settings, dataset, clip, modules), modules, alpha)
+        modules = interpolate(original, modules, alpha)
     if towers := towers_of(modules):
-        clip = replace(clip, model=copy.deepcopy(clip.model))
+        clip = clip.copy()
         clip.model.load_state_dict(towers)
     if "head.weight" not in modules:
         return clip, None
@@ -481,6 +487,7 @@ def main():
     require_one_process("evaluate.py")
     clip = load_clip(settings)
     print(describe_run(settings, dataset, clip.device))
+    finetune_all(settings, dataset, clip)
     report(settings, dataset, clip, evaluate(settings, dataset, clip))
 
 

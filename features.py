@@ -1,10 +1,11 @@
 """CLIP and its features: load a model or a captioner, encode images and texts, cache a data set."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,8 @@ class Clip:
     weights: str = ""      # a hash of the weights of `base`
     micro_batch: int | None = None           # rows encoded at a time in training; None: all
     original: dict = field(default_factory=dict, repr=False)  # weights before finetuning, on CPU
-    cache: dict = field(default_factory=dict, repr=False)     # features of domains in memory
+    cache: dict = field(default_factory=dict, repr=False)     # features of images and texts
+    compiled: bool = False
 
     @property
     def logit_scale(self):
@@ -56,6 +58,13 @@ class Clip:
         self.model.load_state_dict(self.original)
         self.model.requires_grad_(False)
         self.model.zero_grad()
+
+    def copy(self):
+        """Return a Clip with a model of its own, and no features that are stored in its name."""
+        model = copy.deepcopy(self.model)
+        if self.compiled:  # which a copy is not
+            compile_towers(model)
+        return replace(self, model=model, key="", cache={})
 
     def normalise(self, images):
         """Return the towers' input, float32, of images (B, 3, H, W): uint8, or floats in [0, 1]."""
@@ -101,7 +110,8 @@ class Clip:
 
         if not self.micro_batch or not torch.is_grad_enabled():
             return features(x)
-        parts = x.split(self.micro_batch)  # computed again even if there is one: losses may encode
+        # also of one part, because a loss such as DiVE's keeps the activations of several encodings
+        parts = x.split(self.micro_batch)
         return torch.cat([checkpoint(features, part, use_reentrant=False) for part in parts])
 
 
@@ -203,6 +213,7 @@ def load_clip(settings):
         model, preprocess, augment, tokenizer, device, settings.model, mean.to(device),
         std.to(device), (base, pretrained), weights=weights, micro_batch=settings.micro_batch,
         original={k: v.cpu().clone() for k, v in model.state_dict().items()},
+        compiled=settings.compile,
     )
     clip.key = digest(
         str(model), json.dumps(config, sort_keys=True), weights_hash(model), str(preprocess),
@@ -422,18 +433,18 @@ def encode_images_by_each(clips, items, batch_size=256, label="images"):
     loader = image_batches(keys, clips[0].preprocess, clips[0].device)
     total = math.ceil(len(items) / batch_size)
     bar = progress_bar(loader, desc=f"encoding {label}", total=total, leave=False)
-    batches = [[encode_what_fits(clip, images) for clip in clips] for images, _ in bar]
+    batches = [[encode_in_halves(clip, images) for clip in clips] for images, _ in bar]
     return [torch.cat(parts) for parts in zip(*batches)]
 
 
-def encode_what_fits(clip, images):
-    """Return z on the CPU of images (B, 3, H, W): of both halves if the memory is too small."""
+def encode_in_halves(clip, images):
+    """Return z on the CPU of images (B, 3, H, W); of each half if the memory is too small."""
     try:
         return clip.encode_image(images).cpu()
     except RuntimeError as error:
         if len(images) == 1 or not is_out_of_memory(error):
             raise
-    return torch.cat([encode_what_fits(clip, half) for half in images.chunk(2)])
+    return torch.cat([encode_in_halves(clip, half) for half in images.chunk(2)])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
 
 No image of a target domain is read here, and no result chooses anything: the last step counts.
 Checkpoints are stored in runs/…/checkpoints/. A killed run goes on after the last epoch whose state
-is stored, which happens once a minute (a linear head, which takes seconds, from its start).
+is stored; one is stored at the end of an epoch, once a minute at most. A linear head starts again.
 """
 
 import math
@@ -337,11 +337,12 @@ def finetune(settings, dataset, clip, name, seed, method=None, init=None):
     partial = path.with_suffix(".partial.pt")
     if not agree(path.exists() and history_path(path).exists()):
         clip.reset()
-        clip.micro_batch = settings.micro_batches.get(name, settings.micro_batch)
         method = method or settings.methods[name]
         init = init or head_start(settings, method)
         items = dataset.split(settings.source, settings.source, "train", seed)
         strategy, batches = prepare(settings, dataset, clip, name, seed, method, init, items)
+        # after `prepare`, which trains LP-FT's probe
+        clip.micro_batch = settings.micro_batches.get(name, settings.micro_batch)
         if not any(p.requires_grad for p in strategy.parameters()):
             fail(f"{name}: --unlocked-groups and --lock-text leave nothing of it to train.")
         schedule = settings.schedules[method.train]
@@ -392,9 +393,9 @@ def prepare(settings, dataset, clip, name, seed, method, init, items):
     elif method.train == "full":
         strategy = FullFinetuning(clip, head_init, mappers, settings.unlocked_groups)
     elif method.train == "lpft":
-        job = f"{name}-probe", seed, *probe_of(settings, method)
-        probe = load(finetune(settings, dataset, clip, *job), "cpu")
-        head_init = probe["modules"]["head.weight"]
+        probe, start = probe_of(settings, method)
+        path = finetune(settings, dataset, clip, f"{name}-probe", seed, probe, start)
+        head_init = load(path, "cpu")["modules"]["head.weight"]
         strategy = FullFinetuning(clip, head_init, mappers, settings.unlocked_groups)
     elif method.train == "clipood":
         steps = schedule.epochs * math.ceil(len(items) / schedule.batch_size)
@@ -428,8 +429,12 @@ def choose_micro_batches(settings, dataset, clip):
     for name, method in methods.items():
         rows = math.ceil(settings.schedules[method.train].batch_size / rank_and_world()[1])
         images = rows * (1 + method.needs_pairs)
-        texts = rows * (1 + method.captions + method.needs_pairs) if method.contrastive else 0
-        states = 4 * n_parameters * (3 + (method.preserve is not None))  # gradients, AdamW, a copy
+        if method.contrastive:
+            texts = rows * (1 + method.captions + method.needs_pairs)
+        else:  # the prompts of all classes
+            texts = len(dataset.classes) if method.train in ("maple", "towers") else 0
+        has_copy = method.preserve is not None or method.train == "clipood"
+        states = 4 * n_parameters * (3 + has_copy)  # gradients, AdamW
         free = free_bytes() - states
         size = fitting_micro_batch(images, texts, image_bytes, text_bytes, free)
         sizes[name] = agree(size and min(size, rows))
@@ -440,6 +445,7 @@ def choose_micro_batches(settings, dataset, clip):
 
 def measure_rows(settings, dataset, clip):
     """Return the bytes that an image and a text take in training, on a GPU."""
+    clip.micro_batch = None  # not that of a method that was trained before
     clip.model.requires_grad_()
     image = clip.augment(torch.zeros(3, 256, 256, dtype=torch.uint8))[None].to(clip.device)
     text = clip.tokenizer(data.class_texts(dataset, settings.source)[:1]).to(clip.device)

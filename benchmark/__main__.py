@@ -404,7 +404,9 @@ def main():
     }
     print(", ".join(f"{name}: {value}" for name, value in about.items()))
     out = args.out or Path(f"runs/benchmark/{slug(about['device'])}-batch{args.batch_size}.json")
-    content = {**about, "tables": {}}
+    stored = load(out) if out.exists() else {}
+    same = {name: value for name, value in stored.items() if name != "tables"} == about
+    content = {**about, "tables": stored["tables"] if same else {}}
 
     def table(name, title, rows):
         if name in args.tables:

@@ -40,8 +40,8 @@ class Recipe:
     closer to CLIP's.
     CHOICE: cls, λ_cls, is kept from LADS so that LDFS is LADS and three parts; alternative: 0, as
     LDFS's figure 2 shows it.
-    CHOICE: class_text is of the source domain, the head that step 2 starts from; alternative: of
-    the target's.
+    CHOICE: class_text is in the words of the source domain, as the prompts of evaluation are;
+    alternative: in the target's.
     """
 
     direction: str = "caption"  # texts of each image's own "caption", of its "class" (LADS), or
@@ -183,7 +183,6 @@ def option_matters(option, method):
     """Return whether a setting, by its name, matters to a Method. Others than these always do."""
     conditions = {
         "captions": method.needs_captions,
-        "captioner": method.needs_captions,
         "lambda_cap": method.captions,
         "lambda_ret": method.retrieved,
         "lambda_dive": method.preserve is not None,

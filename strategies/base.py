@@ -13,7 +13,7 @@ class Strategy(nn.Module):
     mappers: {target domain: frozen module z -> ẑ}. They and `clip` are not in the state dict.
     """
 
-    slow = True  # training takes long enough for a partial checkpoint after each epoch
+    slow = True  # a killed training goes on from a stored state
 
     def __init__(self, clip, mappers=None):
         super().__init__()

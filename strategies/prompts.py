@@ -10,6 +10,7 @@ import contextlib
 import torch
 import torch.nn as nn
 
+from core.distributed import to_device
 from core.utils import fail
 from features import cropped, used_length
 from strategies.base import Strategy
@@ -89,7 +90,7 @@ class CoOp(Strategy):
                 cropped(self.clip.model, length),
                 self.deep_prompts(text),
             ):
-                return self.clip.model.encode_text(tokens[rows].to(self.clip.device))
+                return self.clip.model.encode_text(to_device(tokens[rows], self.clip.device))
 
         return self.clip.encode(tower, torch.arange(len(tokens)))
 

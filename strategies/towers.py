@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import torch
 
@@ -108,7 +107,8 @@ class BothTowers(Strategy):
                  d=None):
         super().__init__(clip, mappers)
         if d is not None:
-            self.pretrained = replace(clip, model=copy.deepcopy(clip.model).requires_grad_(False))
+            self.pretrained = clip.copy()
+            self.pretrained.model.requires_grad_(False)
             self.register_buffer("mean_vector", torch.zeros(d, device=clip.device))  # DiVE's m
         self.towers, self.class_tokens = clip.model, class_tokens
         self.towers.requires_grad_(not lock_text)  # the logit scale counts as the text tower's
