@@ -302,6 +302,12 @@ class Dataset:
         return os.path.splitext(os.path.basename(image_key(location.path)))[0]
 
 
+def rows_in(items, subset):
+    """Return the position in `items` of each of `subset`, both [(Location, label)]."""
+    row = {location: i for i, (location, _) in enumerate(items)}
+    return [row[location] for location, _ in subset]
+
+
 def base_to_new(dataset):
     """Return the Dataset of the base classes, the first ⌈C/2⌉; its `new` has the other classes.
 

@@ -96,15 +96,15 @@ def domain_accuracies(dataset, source, seed, features_of, head_of):
     """
     values, errors, n, comparable = {}, {}, {}, True
 
-    def measure(domain, part):
+    def measure_part(domain, part):
         items = dataset.split(source, domain, part, seed)
         return measure_items(dataset, domain, items, features_of, head_of(domain))
 
-    validation = measure(source, "val")[0]  # None if a small data set leaves no image for it
+    validation = measure_part(source, "val")[0]  # None if a small data set leaves no image for it
     targets = [domain for domain in dataset.meta.phrases if domain != source]
     for domain in [source, *targets]:
         available = domain not in dataset.absent
-        measured = measure(domain, "test") if available else (None, None, 0)
+        measured = measure_part(domain, "test") if available else (None, None, 0)
         values[domain], errors[domain], n[domain] = measured
         if available and values[domain] is None:
             comparable = False

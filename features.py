@@ -19,6 +19,7 @@ from batches import image_batches, in_order
 from core.artifacts import artifact, artifact_path, digest, load, stamps
 from core.distributed import get_device, main_process_first, progress_bar, to_device
 from core.utils import fail, from_root, is_out_of_memory, one_line
+from data import rows_in
 
 
 @dataclass
@@ -488,7 +489,5 @@ def cached_features(clip, dataset, domain, items, folder):
         z = main_process_first(
             lambda: artifact(path, lambda: encode_images(clip, everything, label=label))
         )
-        rows = {location: row for row, (location, _) in enumerate(everything)}
-        clip.cache[memory] = everything, z, rows
-    _, z, rows = clip.cache[memory]
-    return z[[rows[location] for location, _ in items]]
+        clip.cache[memory] = everything, z
+    return clip.cache[memory][1][rows_in(everything, items)]

@@ -257,8 +257,7 @@ def mapper_artifacts(settings, dataset, clip, recipe_name, seed):
         key = digest(texts)
         if key not in clip.cache:
             clip.cache[key] = encode_texts(clip, texts)
-        row = {location: i for i, (location, _) in enumerate(all_items)}
-        return clip.cache[key][[row[location] for location, _ in items]].to(clip.device)
+        return clip.cache[key][data.rows_in(all_items, items)].to(clip.device)
 
     def tensors(z, items, domain):
         """Return z, labels, text_source and text_target of items, for `train_mapper`."""

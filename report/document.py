@@ -62,9 +62,9 @@ def with_tables(text, folder):
     def written(match):
         mark, kind, listed, content = match.groups()
         if kind == "tables":
-            content = all_tables(read_records(folder))
+            content = run_tables(read_records(folder))
         elif kind == "table":
-            content = short_table(*parse_list(listed))
+            content = listed_table(*parse_list(listed))
         elif kind == "output":
             return f"{mark}{output(*parse_list(listed))}\n<!-- end -->"
         elif kind == "claims":
@@ -79,7 +79,7 @@ def with_tables(text, folder):
     return MARK.sub(written, text)
 
 
-def all_tables(records):
+def run_tables(records):
     """Return the markdown of all tables of a run, without published numbers."""
     return titled(table for table in full_tables(records) if table[0] != "published")
 
@@ -116,7 +116,7 @@ def find(rows, label, run):
     )
 
 
-def short_table(runs, settings):
+def listed_table(runs, settings):
     """Return a markdown table: method, what is trained, and the mean and deviation of each column.
     """
     chosen = []

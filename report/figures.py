@@ -223,12 +223,12 @@ def mean_accuracies(records):
     points = {}
     for row, seeds in rows_of(records).items():
         values = {mean: values_of(seeds, mean) for mean in MEANS}
-        points[row] = {mean: mean_of(v) for mean, v in values.items() if v}
+        points[row] = {mean: mean_and_stdev(v) for mean, v in values.items() if v}
     start = [means for row, means in points.items() if row.method == "zero-shot"]
     return points, start[0] if start else fail("the results lack zero-shot. Run evaluate.py again.")
 
 
-def mean_of(values):
+def mean_and_stdev(values):
     """Return (mean, standard deviation) of values; the deviation of one value is 0."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
 
@@ -242,7 +242,7 @@ def error_bars(axis, x, y, color):
     )
 
 
-def title_of(subject, records):
+def figure_title(subject, records):
     """Return a figure's title: what it compares, on which data, over how many seeds."""
     seeds = len({r["seed"] for r in records})
     bars = f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed"
@@ -278,7 +278,7 @@ def draw_curve(records, path):
         axis.plot(start[other][0], start["ID"][0], "k*", markersize=14, label="zero-shot (α = 0)")
         decorate(axis, other, "ID", legend=axis is axes[-1] and OUTSIDE)
     subject = "Between zero-shot (α = 0) and finetuned weights (open: α = 0.5, filled: α = 1)"
-    figure.suptitle(title_of(subject, records), fontsize=10)
+    figure.suptitle(figure_title(subject, records), fontsize=10)
     save(figure, path)
 
 
@@ -314,7 +314,7 @@ def draw_against(setting, records, path):
         axis.set_xticks(range(len(values)), [f"{v:g}".replace("inf", "all") for v in values])
         decorate(axis, SETTINGS[setting], mean, legend=axis is axes[-1] and OUTSIDE)
     subject = f"Accuracy by {SETTINGS[setting]}"
-    figure.suptitle(title_of(subject, records), fontsize=10)
+    figure.suptitle(figure_title(subject, records), fontsize=10)
     save(figure, path, fail)
 
 
@@ -347,7 +347,7 @@ def draw_strategies(records, path):
         axis.plot([], [], color="grey", linestyle=dash, label=f"with {recipe}'s features")
     decorate(axis, "ID", "OOD mean", OUTSIDE)
     subject = "Strategies without → with synthesised features"
-    figure.suptitle(title_of(subject, records), fontsize=10)
+    figure.suptitle(figure_title(subject, records), fontsize=10)
     save(figure, path, fail)
 
 

@@ -18,6 +18,7 @@ from core.distributed import main_process_first, progress_bar
 from core.methods import recipes_of
 from core.results import record
 from core.utils import fail
+from data import rows_in
 from features import autocast, cached_features, encode_texts, features_key
 from mapper import measure_mapper
 
@@ -199,12 +200,6 @@ def style_artifact(settings, dataset, clip, domain, seed):
 
     path = style_path(settings, dataset, clip, domain, seed)
     return main_process_first(lambda: artifact(path, make))
-
-
-def rows_in(items, subset):
-    """Return the position in `items` of each of `subset`, both [(Location, label)]."""
-    row = {location: i for i, (location, _) in enumerate(items)}
-    return [row[location] for location, _ in subset]
 
 
 class FixedFeatures(nn.Module):
