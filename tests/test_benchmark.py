@@ -169,6 +169,13 @@ def test_the_benchmark_prints_tables_and_stores_them(run):
     assert "no GPU: peak memory, MFU" in printed
 
 
+def test_tables_are_measured_one_after_another_into_one_file(run):
+    run("--tables", "search")
+    tables = run("--tables", "mappers")[0]["tables"]
+    assert [title.split()[0] for title in tables] == ["exact", "training"]
+    assert run("--tables", "search", "--rounds", "2")[0]["tables"].keys() == {"exact search"}
+
+
 def test_arf_loads_twice_as_many_images_as_it_trains_on(inputs):
     rates = {
         method: benchmark.compare_steps(method, *inputs[method], one_second_each)["images/s"]

@@ -699,6 +699,20 @@ def test_on_a_gpu_the_micro_batch_is_chosen_before_training(
     assert finetune.choose_micro_batches(settings, dataset, clip).get("arf") == expected
 
 
+def test_a_chosen_micro_batch_is_the_methods_own(world, monkeypatch):
+    """LP-FT trains a probe first, which has none."""
+    used, true_train = [], finetune.train
+
+    def train(strategy, *args, **kwargs):
+        used.append(strategy.clip.micro_batch)
+        return true_train(strategy, *args, **kwargs)
+
+    monkeypatch.setattr(finetune, "train", train)
+    world.run("lpft", "lpft", micro_batches={"lpft": 2})
+    world.run("full", "full", micro_batches={"lpft": 2})
+    assert used == [None, 2, None]
+
+
 # --- several processes ---------------------------------------------------------------------------
 
 
