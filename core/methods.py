@@ -186,7 +186,6 @@ def option_matters(option, method):
         "lambda_cap": method.captions,
         "lambda_ret": method.retrieved,
         "lambda_dive": method.preserve is not None,
-        "pool": method.needs_pairs,
         "k": method.needs_pairs,
         "query": method.needs_pairs,
         "same": method.needs_pairs,
