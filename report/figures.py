@@ -147,7 +147,7 @@ def draw_styles(path, rows):
         hide_frame(axis)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle("Test images, and what CLIPstyler's networks make of them", fontsize=10)
-    save(figure, path, pad=0.3)
+    save(figure, path, pad=0.3, rect=(0.06, 0, 1, 1))  # tight_layout cuts the names off
 
 
 def draw_figure5(path, columns):
