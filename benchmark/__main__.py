@@ -9,7 +9,6 @@ the machine changes wall time. Pixels are random, and so are weights unless --mo
 (local-dir:, hf-hub:).
 """
 
-import copy
 import gc
 import re
 import statistics
@@ -180,8 +179,8 @@ def new_batch(method, clip, n, classes):
 
 def new_strategy(method, clip, class_text, memory_format=torch.channels_last):
     """Return the Strategy of a method, which trains its own copy of the model."""
-    model = copy.deepcopy(clip.model).to(memory_format=memory_format)
-    clip = replace(clip, model=model)
+    clip = clip.copy()
+    clip.model.to(memory_format=memory_format)
     if method == "finetune":
         return FullFinetuning(clip, class_text)
     return BothTowers(clip, class_tokens=None)  # the contrastive losses use no head
